@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` and `make test`. They need python3 and the package
+# registries, and make everything else themselves, below .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BACKENDS := jax tensorflow torch
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-engine test-keras lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m stepsave.demo
+
+# The engine's tests run once and, where the machine lets them, in parallel; those of the
+# callback run once per backend, each in a process of its own.
+test: test-engine test-keras
+
+test-engine: $(VENV)/.test
+	$(PYTEST) tests/engine -n 2 --dist loadfile
+
+test-keras: $(VENV)/.test
+	@set -e; for backend in $(BACKENDS); do \
+	  echo "== KERAS_BACKEND=$$backend"; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras; \
+	done
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Measures on this machine, keeps the raw JSON, and makes the published tables from it.
+bench: $(VENV)/.test
+	$(BIN)/python -m bench
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[jax,demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e . --group backends --group test
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group lint
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Where bytes go: the only code that syncs, renames and removes."""

@@ -1,0 +1,265 @@
+"""A directory on a local file system, with each step made durable on purpose.
+
+Every `fsync` here names the crash that it prevents. The order in which they are called
+belongs to `stepsave.commit`; this module only makes single operations trustworthy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from pathlib import Path
+
+from stepsave.errors import BackupDirectoryError, CorruptBackupError
+
+__all__ = ("LocalStore",)
+
+TEMPORARY_SUFFIX = ".tmp"
+_BLOCK_BYTES = 4096
+PROBE_NAME = "probe.tmp"
+
+
+class LocalStore:
+    """Files below one directory. Paths are relative to it and use `/`."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        # Resolved once: a later change of the working directory must not move the backup.
+        self.root = Path(os.path.realpath(root))
+
+    def create(self) -> None:
+        """Makes the directory with its parents, durably.
+
+        Raises:
+            BackupDirectoryError: If it cannot be made, is a file, or is not writable.
+        """
+        try:
+            missing: list[Path] = []
+            path = self.root
+            while not path.exists():
+                missing.append(path)
+                path = path.parent
+            for path in reversed(missing):
+                path.mkdir(exist_ok=True)
+                # Without it a power cut can lose the new directory with all it holds.
+                _sync_path(path.parent)
+        except OSError as e:
+            raise BackupDirectoryError(
+                f"{self.root}: cannot create the backup directory: {e.strerror or e}. Choose "
+                "a directory on a writable file system."
+            ) from e
+        if not self.root.is_dir():
+            raise BackupDirectoryError(
+                f"{self.root}: expected a directory, found a file. Choose another `backup_dir` "
+                "or move the file away."
+            )
+        probe = self.root / PROBE_NAME
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as e:
+            raise BackupDirectoryError(
+                f"{self.root}: cannot write to the backup directory: {e.strerror or e}. Make it "
+                "writable or choose another."
+            ) from e
+
+    def path(self, path: str) -> Path:
+        return self.root / path
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(self.root / path)
+
+    def list(self, path: str = "") -> list[str]:
+        """Names in a directory, sorted; none if it does not exist."""
+        try:
+            return sorted(os.listdir(self.root / path))
+        except FileNotFoundError:
+            return []
+
+    def is_directory(self, path: str) -> bool:
+        return stat.S_ISDIR(os.lstat(self.root / path).st_mode)
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        """Reads a regular file, refusing links and anything larger than the limit.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            CorruptBackupError: If it is no regular file or too large.
+            OSError: If it cannot be read.
+        """
+        with self._open_regular(path) as (fd, size_bytes):
+            if size_bytes > limit_bytes:
+                raise CorruptBackupError(
+                    f"{self.root / path}: expected at most {limit_bytes} bytes, found {size_bytes}."
+                )
+            with os.fdopen(os.dup(fd), "rb") as file:
+                return file.read()
+
+    def read_into(self, path: str, buffer: memoryview) -> None:
+        """Fills a buffer with a whole file of exactly that size.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            CorruptBackupError: If its size differs.
+            OSError: If it cannot be read.
+        """
+        with self._open_regular(path) as (fd, size_bytes):
+            if size_bytes != len(buffer):
+                raise CorruptBackupError(
+                    f"{self.root / path}: expected {len(buffer)} bytes, found {size_bytes}."
+                )
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(fd, [buffer[done:]], done)
+                if got == 0:
+                    raise CorruptBackupError(
+                        f"{self.root / path}: expected {len(buffer)} bytes, but it ended "
+                        f"after {done} while being read."
+                    )
+                done += got
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes a file and syncs its contents; its directory entry is not synced."""
+        target = self.root / path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(target, flags, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            # Without it a power cut can leave the file empty or torn under its name.
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Replaces a file's contents atomically and durably: readers see old or new."""
+        temporary = path + TEMPORARY_SUFFIX
+        self.write(temporary, data)
+        os.replace(self.root / temporary, self.root / path)
+        # Without it a power cut can undo the rename after it was acknowledged.
+        _sync_path((self.root / path).parent)
+
+    def make_directory(self, path: str) -> None:
+        """Makes a directory and its missing parents below the root; not synced."""
+        (self.root / path).mkdir(parents=True, exist_ok=True)
+
+    def sync_directory(self, path: str = "") -> None:
+        """Makes the entries of a directory durable."""
+        _sync_path(self.root / path)
+
+    def sync_tree(self, path: str) -> None:
+        """Makes the entries of a directory and of all directories below it durable."""
+        for directory, _, _ in os.walk(self.root / path):
+            _sync_path(Path(directory))
+
+    def rename(self, source: str, target: str) -> None:
+        """Renames within the root, durably. The target must not exist."""
+        if self.exists(target):
+            raise FileExistsError(errno.EEXIST, "rename target exists", str(self.root / target))
+        os.rename(self.root / source, self.root / target)
+        # Without it a power cut can bring the old name back.
+        _sync_path(self.root)
+
+    def remove(self, path: str) -> None:
+        """Removes a file if it is there; not synced."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.root / path)
+
+    def remove_empty_directory(self, path: str) -> bool:
+        """Removes a directory if nothing is in it; tells whether it is gone."""
+        try:
+            os.rmdir(self.root / path)
+        except FileNotFoundError:
+            return True
+        except OSError as e:
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+                return False
+            raise
+        return True
+
+    def size_bytes(self, path: str) -> int | None:
+        """Size of a regular file, or None if there is none."""
+        try:
+            found = os.lstat(self.root / path)
+        except FileNotFoundError:
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def can_write_direct(self) -> bool:
+        """Probes whether this file system takes `O_DIRECT` writes from aligned memory."""
+        flag = getattr(os, "O_DIRECT", 0)
+        if not flag:
+            return False
+        probe = self.root / PROBE_NAME
+        block = mmap.mmap(-1, _BLOCK_BYTES)
+        try:
+            fd = os.open(probe, os.O_WRONLY | os.O_CREAT | flag | os.O_CLOEXEC, 0o600)
+            try:
+                return os.pwrite(fd, block, 0) == _BLOCK_BYTES
+            finally:
+                os.close(fd)
+        except OSError as e:
+            # The answers of file systems that do not support it; anything else (a full
+            # disk, no permission) is a fault that the user must hear of.
+            if e.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+                return False
+            raise
+        finally:
+            probe.unlink(missing_ok=True)
+            block.close()
+
+    def write_direct(self, path: str, data: memoryview) -> None:
+        """Writes a file with `O_DIRECT` and syncs it, in place if it has the right size.
+
+        In place nothing is allocated, so the sync writes no metadata but the time.
+
+        Args:
+            path: The file. Created, or overwritten without truncation.
+            data: Page-aligned memory of whole blocks.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self.root / path, flags, 0o666)
+        try:
+            if os.fstat(fd).st_size != len(data):
+                os.ftruncate(fd, 0)
+                # Reserves the space, so that a full disk is found before bytes are written.
+                os.posix_fallocate(fd, 0, len(data))
+            done = 0
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], done)
+            # Without it the drive's cache, and a new file's extents, can be lost.
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _open_regular(self, path: str):  # noqa: ANN202
+        """Opens for reading; a link or a FIFO could lead outside or block for ever."""
+        target = self.root / path
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(target, flags)
+        except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise CorruptBackupError(
+                    f"{target}: expected a regular file, found a symbolic link."
+                ) from e
+            raise
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise CorruptBackupError(f"{target}: expected a regular file.")
+            yield fd, found.st_size
+        finally:
+            os.close(fd)
+
+
+def _sync_path(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,94 @@
+"""One user per backup directory: a lock that dies with its process.
+
+POSIX record locks (`fcntl.lockf`) fit: the kernel drops them when the process ends, however
+it ends, and `fork` does not hand them to children, so an orphaned data-loader worker cannot
+keep a directory busy. They do not exclude within a process; a registry does that.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+from stepsave.errors import BackupDirectoryError, DirectoryBusyError
+
+__all__ = ("LOCK_NAME", "DirectoryLock")
+
+LOCK_NAME = "LOCK"
+
+_held: set[Path] = set()
+_held_guard = threading.Lock()
+
+
+class DirectoryLock:
+    """Holds a directory until `release`, or until the process dies."""
+
+    def __init__(self, directory: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+            DirectoryBusyError: If a live process, this one included, holds it.
+            BackupDirectoryError: If the lock file cannot be used.
+        """
+        self._directory = directory
+        self._path = directory / LOCK_NAME
+        self._pid = os.getpid()
+        with _held_guard:
+            # Before anything is opened: closing *any* descriptor of the file would drop
+            # the lock that this process may already hold.
+            if directory in _held:
+                raise DirectoryBusyError(
+                    f"{directory}: another checkpointer of this process uses this directory. "
+                    "Close it first, or give each its own directory."
+                )
+            self._fd: int | None = self._acquire()
+            _held.add(directory)
+
+    def _acquire(self) -> int:
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            raise BackupDirectoryError(
+                f"{self._path}: cannot open the lock file: {e.strerror}. Make the backup "
+                "directory writable or choose another."
+            ) from e
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {self._pid}\n".encode(), 0)
+        except OSError as e:
+            holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown process"
+            os.close(fd)
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise DirectoryBusyError(
+                    f"{self._directory}: another live process uses this backup directory "
+                    f"({holder}). Wait until it ends, stop it, or choose another directory."
+                ) from e
+            raise BackupDirectoryError(
+                f"{self._path}: cannot lock: {e.strerror}. Choose a directory on a file system "
+                "that supports POSIX locks."
+            ) from e
+        return fd
+
+    @property
+    def is_held(self) -> bool:
+        """False after `release` and in a forked child, which does not own the lock."""
+        return self._fd is not None and os.getpid() == self._pid
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of the directory.
+
+        Args:
+            remove: Whether to remove the lock file too, while it is still locked.
+        """
+        if self._fd is None or os.getpid() != self._pid:
+            return
+        with _held_guard:
+            if remove:
+                self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = None
+            _held.discard(self._directory)
