@@ -17,8 +17,8 @@ from stepsave.errors import (
     SaveFailedError,
     StepsaveError,
 )
+from stepsave.handle import SaveHandle
 from stepsave.spec import Backup, SaveStats
-from stepsave.writer import SaveHandle
 
 if TYPE_CHECKING:
     from stepsave.callback import BackupAndRestore
@@ -29,8 +29,8 @@ __all__ = (
     "BackupAndRestore",
     "BackupDirectoryError",
     "BackupMismatchError",
-    "CheckpointerClosedError",
     "Checkpointer",
+    "CheckpointerClosedError",
     "CorruptBackupError",
     "DirectoryBusyError",
     "FormatVersionError",

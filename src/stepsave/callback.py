@@ -16,8 +16,8 @@ import keras
 
 from stepsave import orbax
 from stepsave.checkpointer import Checkpointer, WhenBusy
-from stepsave.commit import COMMIT, PREVIOUS, TRAINING_PATH
 from stepsave.errors import DirectoryBusyError
+from stepsave.inventory import COMMIT, PREVIOUS, TRAINING_PATH
 from stepsave.resume import TrainingPosition
 from stepsave.spec import Backup, BackupRecord, SaveStats
 from stepsave.variables import ModelVariables, model_config, prepare_model, restore_variables
@@ -26,9 +26,9 @@ __all__ = ("BackupAndRestore",)
 
 _logger = logging.getLogger("stepsave")
 
-# Callbacks of this process by directory. A notebook that was interrupted and makes a new
-# callback for the same directory must not be refused because of the old one.
-_owners: weakref.WeakValueDictionary[str, BackupAndRestore] = weakref.WeakValueDictionary()
+# What callbacks of this process have open, by directory. A notebook that was interrupted
+# and makes a new callback for the same directory must not be refused because of the old one.
+_savers: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDictionary()
 
 
 class BackupAndRestore(keras.callbacks.Callback):
@@ -130,7 +130,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         return self._file_of(1, TRAINING_PATH, PREVIOUS)
 
     def _file_of(self, which: int, path: str, marker: str) -> str:
-        if self._saver is not None:
+        if self._saver is not None and not self._saver.closed:
             self._last_records = (self._saver.committed, self._saver.previous)
         record = self._last_records[which]
         below = marker if record is None else os.path.join(record.directory, path)
@@ -163,7 +163,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         model = self._trained_model()
         _set_initial_epoch(model, None)  # here too: `fit` may have had no epoch left to run
         saver, self._saver = self._saver, None
-        if saver is None:
+        if saver is None or saver.closed:
             return
         self._last_records = (saver.committed, saver.previous)
         if self._close_at_exit is not None:
@@ -172,7 +172,6 @@ class BackupAndRestore(keras.callbacks.Callback):
             saver.close(delete_backup=self.delete_checkpoint)
         finally:
             self._last_stats = saver.stats()
-            _owners.pop(saver.directory, None)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
@@ -238,7 +237,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         began_s = time.perf_counter()
         self._save_is_due = False
         saver = self._saver
-        if saver is None:
+        if saver is None or saver.closed:
             raise DirectoryBusyError(
                 f"{self.backup_dir}: another callback of this process has taken this backup "
                 "directory over. Give each its own directory."
@@ -294,21 +293,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._tell(f"Restored backup of step {backup.step}: going on at epoch {epoch + 1}")
 
     def _open(self) -> Checkpointer:
-        if self._saver is not None:
-            return self._saver  # `fit` raised the last time; its saves are drained by restore
+        if self._saver is not None and not self._saver.closed:
+            return self._saver  # `fit` raised the last time
         key = os.path.realpath(self.backup_dir)
-        owner = _owners.get(key)
-        if owner is not None and owner._saver is not None:
-            # That fit was interrupted, or it would have closed it.
-            other, owner._saver = owner._saver, None
-            other.close()
+        other = _savers.get(key)
+        if other is not None:
+            other.close()  # of a fit that was interrupted, or it would have closed it itself
         self._saver = saver = Checkpointer(
             self.backup_dir, double_checkpoint=self.double_checkpoint, when_busy=self.when_busy
         )
         # A callback is told nothing when `fit` raises; its saves are finished when it is
         # collected or the interpreter exits, and a failure is printed then.
         self._close_at_exit = weakref.finalize(self, saver.close)
-        _owners[key] = self
+        _savers[key] = saver
         return saver
 
     def _trained_model(self) -> Any:
@@ -340,7 +337,7 @@ def _check_save_freq(save_freq: object) -> str | int:
         )
     if save_freq == "epoch":
         return "epoch"
-    if isinstance(save_freq, numbers.Integral) and save_freq is not True and save_freq >= 1:
+    if isinstance(save_freq, numbers.Integral) and save_freq is not True and int(save_freq) >= 1:
         return int(save_freq)
     raise ValueError(f"{received}Expected 'epoch' or a positive integer.")
 
@@ -348,7 +345,7 @@ def _check_save_freq(save_freq: object) -> str | int:
 def _set_initial_epoch(model: Any, epoch: int | None) -> None:
     # Private, but the one way for a callback to say where `fit` begins: Keras's own does
     # the same, and all three `fit`s read it right after `on_train_begin`.
-    model._initial_epoch = epoch
+    model._initial_epoch = epoch  # noqa: SLF001
 
 
 def _build_config(model: Any) -> Any:

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import collections
 import json
-import logging
-import math
 import operator
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from stepsave.arena import ArenaPool
-from stepsave.commit import COMMIT, Blueprint, CommitProtocol
+from stepsave.capture import Capture
+from stepsave.commit import CommitProtocol
 from stepsave.errors import (
     BackupDirectoryError,
     CheckpointerClosedError,
-    CorruptBackupError,
     DirectoryBusyError,
     InvalidStateError,
     StepsaveError,
 )
-from stepsave.layout import compile_layout
-from stepsave.reader import read_backup
-from stepsave.snapshot import HostArray, dtype_name, view_on_host
-from stepsave.spec import FORMAT_VERSION, Backup, BackupRecord, LeafSpec, SaveStats
+from stepsave.handle import SaveHandle, SaveLog
+from stepsave.reader import restore_newest
+from stepsave.spec import FORMAT_VERSION, Backup, BackupRecord, SaveStats
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import DirectoryLock
 from stepsave.tree import flatten
-from stepsave.writer import BackgroundWriter, SaveHandle
+from stepsave.writer import BackgroundWriter
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
-_logger = logging.getLogger("stepsave")
-
 WhenBusy = Literal["wait", "skip"]
 WriterKind = Literal["auto", "direct", "tensorstore"]
-
-_STATS_WINDOW = 1000  # saves over which medians are taken; bounds the memory they need
 
 
 class Checkpointer:
@@ -100,16 +90,9 @@ class Checkpointer:
         self._lock = lock
         self._store = store
         self._writer_name = "direct" if direct else "tensorstore"
-        self._pool: ArenaPool | None = None
-        self._blueprint: Blueprint | None = None
-        self._paths: Sequence[tuple[str, ...]] = ()
-        self._items: Mapping[str, Mapping[str, str]] = {}
+        self._log = SaveLog()
+        self._capture = Capture(drain=self._log.drain)
         self._last_step = self._protocol.committed.step if self._protocol.committed else -1
-        self._pending: collections.deque[SaveHandle] = collections.deque()
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
-        self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
-        self._stall_total_s = self._stall_max_s = 0.0
 
     @property
     def directory(self) -> str:
@@ -139,9 +122,7 @@ class Checkpointer:
             items: Orbax checkpointables beside the state, each a dict of strings. Keras's
                 `load_model` looks for `{"model_config": {"config": …}}`.
         """
-        if items != self._items:
-            self._items = items
-            self._blueprint = None
+        self._capture.attach(items)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Does ahead what the first save would have to do: layout, buffers, their pages.
@@ -159,9 +140,7 @@ class Checkpointer:
 
     def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
         """`prepare`, for a state that is flat already."""
-        self._fit_layout(paths, view_on_host(paths, leaves))
-        assert self._pool is not None
-        self._pool.wait_touched()
+        self._capture.prepare(paths, leaves)
 
     def save(
         self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
@@ -213,36 +192,15 @@ class Checkpointer:
         self.raise_failed()
         step = self._check_step(step)
         training = _encode_training(step, metadata)
-        arena = None
-        if self._pool is not None:
-            arena = self._pool.acquire(block=self._when_busy == "wait")
-            if arena is None:
-                self._counts["skipped"] += 1
-                return SaveHandle(step, 0, skipped=True)
-        try:
-            arrays = view_on_host(paths, leaves)
-            if not self._layout_fits(paths, arrays):
-                if arena is not None and self._pool is not None:
-                    self._pool.release(arena)
-                    arena = None
-                self._fit_layout(paths, arrays)
-            assert self._pool is not None
-            assert self._blueprint is not None
-            arena = arena or self._pool.acquire(block=True)
-            assert arena is not None
-            self._pool.fill(arena, self._blueprint.plan, arrays)
-        except BaseException:
-            if arena is not None and self._pool is not None:
-                self._pool.release(arena)
-            raise
-        handle = SaveHandle(step, self._blueprint.plan.state_bytes)
-        self._writer.start(
-            self._blueprint, arena, handle, training, began_s, release=self._pool.release
-        )
-        self._last_step = step
-        self._pending.append(handle)
+        snapshot = self._capture.take(paths, leaves, block=self._when_busy == "wait")
+        if snapshot is None:
+            handle = SaveHandle(step, 0, skipped=True)
+        else:
+            handle = SaveHandle(step, snapshot.blueprint.plan.state_bytes)
+            self._writer.start(snapshot, handle, training, began_s)
+            self._last_step = step
         handle.stall_s = time.perf_counter() - began_s
-        self._count_start(handle)
+        self._log.add(handle)
         return handle
 
     def restore(self) -> Backup | None:
@@ -259,14 +217,10 @@ class Checkpointer:
         """
         self._check_usable()
         self.drain()
-        protocol = self._protocol
-        protocol.read_markers()
-        newest, error = self._try_read(protocol.committed, protocol.problems.get(COMMIT))
-        if newest is None and (error is not None or protocol.previous is not None):
-            newest = self._read_previous(error)
-        if newest is not None:
-            self._last_step = newest.step
-        return newest
+        backup = restore_newest(self._store, self._protocol)
+        if backup is not None:
+            self._last_step = backup.step
+        return backup
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
@@ -276,40 +230,32 @@ class Checkpointer:
             TimeoutError: If they have not ended within `timeout_s` seconds altogether.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for handle in list(self._pending):
+        for handle in self._log.in_flight:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            if not handle.done:
-                _wait_ended(handle, left_s)
+            if not handle.wait_ended(left_s):
+                raise TimeoutError(
+                    f"The save of step {handle.step} has not ended after {timeout_s} s."
+                )
         self.raise_failed()
 
     def drain(self) -> None:
-        """Returns when no save is in flight; failures stay pending."""
-        for handle in list(self._pending):
-            _wait_ended(handle, None)
+        """Returns when no save is in flight; failures stay to be raised."""
+        self._log.drain()
+
+    def raise_failed(self) -> None:
+        """Raises `SaveFailedError` if a save failed and nobody was told yet."""
+        self._log.raise_failed()
 
     @property
     def in_flight(self) -> int:
         """Number of saves that have not ended."""
-        return sum(not handle.done for handle in self._pending)
+        return len(self._log.in_flight)
 
     def stats(self) -> SaveStats:
         """Sums up what saving has cost so far; medians are over the last 1000 saves."""
-        self._settle()
-        counts = self._counts
-        return SaveStats(
-            started=counts["started"],
-            committed=counts["committed"],
-            failed=counts["failed"],
-            skipped=counts["skipped"],
-            state_bytes=counts["bytes"],
-            stall_total_s=self._stall_total_s,
-            stall_median_s=statistics.median(self._stalls_s) if self._stalls_s else math.nan,
-            stall_max_s=self._stall_max_s,
-            durable_median_s=(
-                statistics.median(self._durables_s) if self._durables_s else math.nan
-            ),
-            arena_count=self._pool.count if self._pool else 0,
-            arena_bytes=self._pool.capacity_bytes if self._pool else 0,
+        return self._log.stats(
+            arena_count=self._capture.arena_count,
+            arena_bytes=self._capture.arena_bytes,
             writer=self._writer_name,
         )
 
@@ -330,14 +276,12 @@ class Checkpointer:
             return
         try:
             self._writer.close()
-            if self._pool is not None:
-                self._pool.close()
-            delete_backup = delete_backup and not self._has_failed()
+            self._capture.close()
+            delete_backup = delete_backup and not self._log.last_failed
             if delete_backup:
                 self._protocol.delete_all()
         finally:
             lock.release(remove=delete_backup)
-            self._pool = None
         if delete_backup:
             self._store.remove_empty_directory("")
         self.raise_failed()
@@ -390,112 +334,6 @@ class Checkpointer:
             )
         return step
 
-    def _layout_fits(self, paths: Sequence[tuple[str, ...]], arrays: list[HostArray]) -> bool:
-        if self._blueprint is None:
-            return False
-        if paths is not self._paths and list(paths) != list(self._paths):
-            return False
-        return all(
-            array.shape == leaf.shape and array.dtype == dtype
-            for array, leaf, dtype in zip(
-                arrays, self._blueprint.plan.leaves, self._dtypes, strict=True
-            )
-        )
-
-    def _fit_layout(self, paths: Sequence[tuple[str, ...]], arrays: list[HostArray]) -> None:
-        """Compiles the layout of these arrays, and makes arenas for it if need be."""
-        if self._layout_fits(paths, arrays):
-            return
-        specs = [
-            LeafSpec(path, array.shape, dtype_name(path, array))
-            for path, array in zip(paths, arrays, strict=True)
-        ]
-        plan = compile_layout(specs)
-        if self._blueprint is not None:
-            _logger.debug(
-                "%s: the structure of the state changed; layout compiled anew (%d arrays, "
-                "%d shards)",
-                self._store.root,
-                len(specs),
-                plan.shard_count,
-            )
-        if self._pool is None or self._pool.capacity_bytes < plan.arena_bytes:
-            if self._pool is not None:
-                self.drain()
-                self._pool.close()
-                self._pool = None  # before the new ones are made: room for both is not needed
-            self._pool = ArenaPool(plan)
-        self._blueprint = Blueprint.compile(plan, self._items)
-        self._paths = paths
-        self._dtypes = [array.dtype for array in arrays]
-
-    def _try_read(
-        self, record: BackupRecord | None, problem: Exception | None
-    ) -> tuple[Backup | None, Exception | None]:
-        if record is None:
-            return None, problem
-        try:
-            return read_backup(self._store, record), None
-        except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
-            return None, e
-
-    def _read_previous(self, error: Exception | None) -> Backup:
-        protocol = self._protocol
-        lost = protocol.committed
-        backup, second_error = self._try_read(protocol.previous, None)
-        if backup is None:
-            if second_error is not None and error is not None:
-                error.add_note(f"The backup before it cannot be read either: {second_error}")
-            raise _as_corrupt(self._store.root, error or second_error) from error
-        newest = "the newest backup" if lost is None else f"the backup of step {lost.step}"
-        passed = "" if lost is None else f" {lost.step - backup.step} steps of training are lost."
-        warnings.warn(
-            f"stepsave: {newest} in {self._store.root} cannot be read "
-            f"({error or 'its marker COMMIT is missing'}). Restored the one before it, of step "
-            f"{backup.step}.{passed}",
-            stacklevel=3,
-        )
-        protocol.fall_back()
-        return backup
-
-    def _count_start(self, handle: SaveHandle) -> None:
-        self._counts["started"] += 1
-        self._counts["bytes"] += handle.bytes
-        self._stalls_s.append(handle.stall_s)
-        self._stall_total_s += handle.stall_s
-        self._stall_max_s = max(self._stall_max_s, handle.stall_s)
-
-    def _settle(self) -> None:
-        """Counts the saves that have ended; keeps those whose failure was not reported."""
-        for handle in [handle for handle in self._pending if handle.done]:
-            if handle.durable_s is not None:
-                self._counts["committed"] += 1
-                self._durables_s.append(handle.durable_s)
-                self._pending.remove(handle)
-            elif not handle.counted:
-                handle.counted = True
-                self._counts["failed"] += 1
-
-    def _has_failed(self) -> bool:
-        self._settle()
-        return any(handle.done for handle in self._pending)
-
-    def raise_failed(self) -> None:
-        """Raises `SaveFailedError` if a save failed and nobody was told yet."""
-        if not self._pending:
-            return
-        self._settle()
-        for handle in [handle for handle in self._pending if handle.done]:
-            self._pending.remove(handle)
-            error = handle.take_error()
-            if error is not None:
-                raise handle.failure() from error
-
-
-def _wait_ended(handle: SaveHandle, timeout_s: float | None) -> None:
-    if not handle.wait_ended(timeout_s):
-        raise TimeoutError(f"The save of step {handle.step} has not ended in time.")
-
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
@@ -538,12 +376,3 @@ def _encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:
             f"Invalid value for argument `metadata`. Expected what JSON can hold (strings, "
             f"finite numbers, booleans, None, lists, dicts), found: {e}."
         ) from e
-
-
-def _as_corrupt(root: os.PathLike[str], error: Exception | None) -> Exception:
-    if isinstance(error, StepsaveError):
-        return error
-    return CorruptBackupError(
-        f"{root}: the backup cannot be read: {error!r}. Nothing was deleted. Mend the cause and "
-        "try again, or move the directory away to start afresh."
-    )

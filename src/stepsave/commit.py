@@ -1,8 +1,6 @@
 """The commit protocol: which backup is valid, at every instant.
 
-A marker file names the valid backup and proves itself and the backup by content: its own
-CRC-32C, and size and CRC-32C of every file that it vouches for. Never by existence: after a
-power cut ext4 can show a file that was renamed into place, but empty.
+A marker file (`stepsave.marker`) names the valid backup, and proves it.
 
     1. begin    the retired directory, `spare`, is made ready (or a new one made)
     2. shards   written into it and synced, by `stepsave.writer`
@@ -18,42 +16,33 @@ the new one; what it leaves lying about is taken in by the next `begin`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, cast
 
 from crc32c import crc32c
 
 from stepsave import orbax
-from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
-from stepsave.spec import FORMAT_VERSION, BackupRecord, FileRecord, LayoutPlan
-from stepsave.store.local import PROBE_NAME, TEMPORARY_SUFFIX, LocalStore
-from stepsave.store.lock import LOCK_NAME
-
-__all__ = (
-    "COMMIT",
-    "PREVIOUS",
-    "SPARE",
-    "TRAINING_PATH",
-    "Blueprint",
-    "CommitProtocol",
-    "Problem",
+from stepsave.errors import CorruptBackupError
+from stepsave.inventory import (
+    COMMIT,
+    PREVIOUS,
+    SPARE,
+    TEMPORARY_NAMES,
+    TRAINING_PATH,
+    refuse_foreign,
+    remove_known,
 )
+from stepsave.marker import MARKER_LIMIT_BYTES, decode_marker, encode_marker
+from stepsave.spec import BackupRecord, FileRecord, LayoutPlan
+from stepsave.store.local import LocalStore
+
+__all__ = ("Blueprint", "CommitProtocol", "Problem")
 
 _logger = logging.getLogger("stepsave")
 
-COMMIT = "COMMIT"
-PREVIOUS = "PREVIOUS"
-SPARE = "spare"
-TRAINING_PATH = "training.json"
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
-_MAGIC = "stepsave-commit"
-_MARKER_LIMIT_BYTES = 64 << 20
-_TEMPORARY = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
-
 Problem = CorruptBackupError | OSError
 """Why a marker cannot be read."""
 
@@ -103,7 +92,7 @@ class CommitProtocol:
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
         self._collected = False
         self._begin_ns = 0
-        _refuse_foreign(store)
+        refuse_foreign(store)
         self.committed: BackupRecord | None = None
         self.previous: BackupRecord | None = None
         self.problems: dict[str, Problem] = {}
@@ -117,7 +106,7 @@ class CommitProtocol:
 
     def _read_marker(self, name: str) -> BackupRecord | None:
         try:
-            encoded = self._store.read(name, _MARKER_LIMIT_BYTES)
+            encoded = self._store.read(name, MARKER_LIMIT_BYTES)
             return decode_marker(encoded, str(self._store.path(name)))
         except FileNotFoundError:
             return None
@@ -235,7 +224,7 @@ class CommitProtocol:
         for name in self._store.list():
             if name == SPARE or name.isdigit():
                 self._remove_backup(name)
-        for name in _TEMPORARY:
+        for name in TEMPORARY_NAMES:
             self._store.remove(name)
         self._spare_of = frozenset()
 
@@ -263,7 +252,7 @@ class CommitProtocol:
             else:
                 self._store.replace(COMMIT, encode_marker(self.committed))
             self.problems.pop(COMMIT, None)
-        for name in _TEMPORARY:
+        for name in TEMPORARY_NAMES:
             self._store.remove(name)
         kept = {record.directory for record in (self.committed, self.previous) if record}
         for name in self._store.list():
@@ -299,7 +288,7 @@ class CommitProtocol:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
         if not self._store.exists(name):
             return
-        left = _remove_known(self._store, name)
+        left = remove_known(self._store, name)
         if left:
             _logger.warning(
                 "%s: kept %d file(s) that stepsave did not write, %s among them.",
@@ -309,141 +298,5 @@ class CommitProtocol:
             )
 
 
-def encode_marker(record: BackupRecord) -> bytes:
-    """Encodes a marker: a line that proves the JSON after it."""
-    document = {
-        "format": FORMAT_VERSION,
-        "step": record.step,
-        "directory": record.directory,
-        "nonce": record.nonce,
-        "files": [[file.path, file.size_bytes, file.crc32c] for file in record.files],
-        "shard_bytes": record.shard_bytes,
-        "shard_digests": list(record.shard_digests),
-    }
-    body = json.dumps(document, separators=(",", ":")).encode()
-    return f"{_MAGIC} {FORMAT_VERSION} {crc32c(body):08x} {len(body)}\n".encode() + body
-
-
-def decode_marker(encoded: bytes, source: str) -> BackupRecord:
-    """Decodes a marker, trusting nothing but what its checksum proves.
-
-    Raises:
-        FormatVersionError: If a newer stepsave wrote it.
-        CorruptBackupError: If it does not prove itself.
-    """
-    advice = (
-        "Nothing was deleted. Restore the file from a copy, or move the backup directory away "
-        "to start afresh."
-    )
-    line, _, body = encoded.partition(b"\n")
-    words = line.decode("ascii", errors="replace").split()
-    if len(words) != 4 or words[0] != _MAGIC:
-        found = f"{len(encoded)} bytes that start with {encoded[:20]!r}"
-        raise CorruptBackupError(f"{source}: expected a commit marker, found {found}. {advice}")
-    if words[1] != str(FORMAT_VERSION):
-        raise FormatVersionError(
-            f"{source}: written in format {words[1]}, but this stepsave reads format "
-            f"{FORMAT_VERSION}. Install a newer stepsave to restore this backup."
-        )
-    if words[3] != str(len(body)):
-        raise CorruptBackupError(
-            f"{source}: expected {words[3]} bytes after the first line, found {len(body)}. {advice}"
-        )
-    if words[2] != f"{crc32c(body):08x}":
-        raise CorruptBackupError(
-            f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}. {advice}"
-        )
-    try:
-        return _record_of(json.loads(body))
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {advice}") from e
-
-
-def _record_of(document: dict[str, Any]) -> BackupRecord:
-    files = cast("list[tuple[str, int, int]]", document["files"])
-    record = BackupRecord(
-        step=int(document["step"]),
-        directory=str(document["directory"]),
-        nonce=str(document["nonce"]),
-        files=tuple(FileRecord(str(path), int(size), int(crc)) for path, size, crc in files),
-        shard_bytes=int(document["shard_bytes"]),
-        shard_digests=tuple(int(digest) for digest in document["shard_digests"]),
-    )
-    if not record.directory.isdecimal() or record.directory != str(record.step):
-        raise ValueError(f"directory {record.directory!r} is not that of step {record.step}")
-    for file in record.files:
-        parts = file.path.split("/")
-        if not all(parts) or ".." in parts or "\0" in file.path or "\\" in file.path:
-            raise ValueError(f"path {file.path!r} leads outside the backup")
-    return record
-
-
-def _refuse_foreign(store: LocalStore) -> None:
-    """Refuses a directory with anything in it that stepsave does not write there.
-
-    Raises:
-        BackupDirectoryError: Naming what was found.
-    """
-    for name in store.list():
-        if name in (COMMIT, PREVIOUS, LOCK_NAME, *_TEMPORARY):
-            continue
-        if name.startswith(".nfs"):  # a file removed while open, on NFS
-            continue
-        if (name == SPARE or name.isdigit()) and _is_ours(store, name):
-            continue
-        raise BackupDirectoryError(
-            f"{store.root}: expected a directory of stepsave's own, found {name!r} in it. "
-            "Choose another `backup_dir`, or move that away. Nothing was changed."
-        )
-
-
-def _is_ours(store: LocalStore, name: str) -> bool:
-    if not store.is_directory(name):
-        return False
-    # A backup that was being made or removed when the process died may lack any file; then
-    # it is ours if it holds nothing that we would not write.
-    found = store.list(name)
-    return orbax.LAYOUT_PATH in found or set(found) <= _KNOWN_ENTRIES
-
-
 def _record_file(path: str, data: bytes) -> FileRecord:
     return FileRecord(path, len(data), crc32c(data))
-
-
-_KNOWN_ENTRIES = {
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-    "layout.json",
-    "model_config",
-    "pytree",
-    "training.json",
-}
-_KNOWN_FILES = {
-    "_CHECKPOINT_METADATA",
-    "_METADATA",
-    "_sharding",
-    "_strings.json",
-    "commit_success.txt",
-    "index",
-    "layout.json",
-    "manifest.ocdbt",
-    "process_0",
-    "training.json",
-    "zarr.json",
-}
-
-
-def _remove_known(store: LocalStore, directory: str) -> list[str]:
-    """Removes known files below a directory, then empty directories; returns what is left."""
-    left: list[str] = []
-    for name in store.list(directory):
-        path = f"{directory}/{name}"
-        if store.is_directory(path):
-            left += _remove_known(store, path)
-        elif name in _KNOWN_FILES or (name.isdecimal() and directory.endswith("/d/c")):
-            store.remove(path)
-        else:
-            left.append(path)
-    if not left:
-        store.remove_empty_directory(directory)
-    return left

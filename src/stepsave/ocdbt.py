@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import itertools
 import struct
 from collections.abc import Iterable, Sequence
 
@@ -78,7 +78,7 @@ def encode(entries: Iterable[tuple[bytes, bytes | Range]], nodes_path: str) -> I
         ValueError: If a key occurs twice or a single value does not fit a node.
     """
     ordered = sorted(entries, key=lambda entry: entry[0])
-    for (key, _), (following, _) in zip(ordered, ordered[1:], strict=False):
+    for (key, _), (following, _) in itertools.pairwise(ordered):
         if key == following:
             raise ValueError(f"Key {key!r} occurs twice in the index.")
 
@@ -225,7 +225,7 @@ def _frame(magic: int, body: bytes) -> bytes:
 def _encode_file_table(files: Sequence[str]) -> bytes:
     """Encodes paths relative to the database root; all base paths are empty."""
     paths = [file.encode() for file in files]
-    prefixes = [_shared(a, b) for a, b in zip(paths, paths[1:], strict=False)]
+    prefixes = [_shared(a, b) for a, b in itertools.pairwise(paths)]
     # With empty base paths the specification allows any common prefix, because every base
     # path equals the one before it.
     suffixes = [path[n:] for path, n in zip(paths, [0, *prefixes], strict=True)]
@@ -241,7 +241,7 @@ def _encode_file_table(files: Sequence[str]) -> bytes:
 
 
 def _encode_keys(keys: Sequence[bytes], *, subtree_prefixes: bool = False) -> bytes:
-    prefixes = [_shared(a, b) for a, b in zip(keys, keys[1:], strict=False)]
+    prefixes = [_shared(a, b) for a, b in itertools.pairwise(keys)]
     suffixes = [key[n:] for key, n in zip(keys, [0, *prefixes], strict=True)]
     return b"".join(
         (
@@ -255,7 +255,11 @@ def _encode_keys(keys: Sequence[bytes], *, subtree_prefixes: bool = False) -> by
 
 
 def _shared(a: bytes, b: bytes) -> int:
-    return len(os.path.commonprefix((a, b)))
+    """Length of the common prefix."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def _value_bytes(value: bytes | Range) -> int:

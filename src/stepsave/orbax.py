@@ -11,7 +11,7 @@ for `zarr.json`, `stepsave.ocdbt` for the index.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stepsave import ocdbt
@@ -61,7 +61,7 @@ def constant_files(plan: LayoutPlan) -> dict[str, bytes]:
     }
 
 
-def json_item(name: str, strings: dict[str, str]) -> dict[str, bytes]:
+def json_item(name: str, strings: Mapping[str, str]) -> dict[str, bytes]:
     """Returns the files of a checkpointable that holds strings only."""
     tree = {
         str((key,)): {
@@ -72,7 +72,7 @@ def json_item(name: str, strings: dict[str, str]) -> dict[str, bytes]:
     }
     return {
         f"{name}/_METADATA": _dump(_metadata_of(tree)),
-        f"{name}/_strings.json": _dump(strings),
+        f"{name}/_strings.json": _dump(dict(strings)),
         f"{name}/commit_success.txt": COMMIT_SUCCESS,
     }
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import warnings
 from typing import Any, cast
 
 import numpy as np
 from crc32c import crc32c
 
 from stepsave import orbax
-from stepsave.commit import TRAINING_PATH
-from stepsave.errors import CorruptBackupError
+from stepsave.commit import CommitProtocol
+from stepsave.errors import CorruptBackupError, StepsaveError
+from stepsave.inventory import COMMIT, TRAINING_PATH
 from stepsave.layout import CHECKSUM_BYTES, decode_layout
 from stepsave.spec import DTYPES, Backup, BackupRecord, ChunkSpec, LayoutPlan
 from stepsave.store.local import LocalStore
 from stepsave.tree import unflatten
 
-__all__ = ("read_backup",)
+__all__ = ("read_backup", "restore_newest")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -35,6 +37,54 @@ class _Shard:
 
     data: Bytes
     digest: int
+
+
+def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None:
+    """Reads the newest valid backup, or the one before it if that cannot be read.
+
+    Falls back whatever the error, with a warning that names what is lost, and tells the
+    protocol so.
+
+    Returns:
+        The backup, or None if there never was one.
+
+    Raises:
+        CorruptBackupError: If there is one, but none that can be read.
+    """
+    protocol.read_markers()
+    newest, previous = protocol.committed, protocol.previous
+    error: Exception | None = protocol.problems.get(COMMIT)
+    if newest is not None:
+        try:
+            return read_backup(store, newest)
+        except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
+            error = e
+    if previous is None:
+        if error is not None:
+            raise _as_corrupt(store, error) from error
+        return None
+    try:
+        backup = read_backup(store, previous)
+    except Exception as e:
+        if error is None:
+            raise _as_corrupt(store, e) from e
+        error.add_note(f"The backup before it cannot be read either: {e}")
+        raise _as_corrupt(store, error) from error
+    what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
+    loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
+    warnings.warn(
+        f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
+        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}",
+        stacklevel=4,
+    )
+    protocol.fall_back()
+    return backup
+
+
+def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
+    if isinstance(error, StepsaveError):
+        return error
+    return CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
 
 
 def read_backup(store: LocalStore, record: BackupRecord) -> Backup:
@@ -104,7 +154,7 @@ def _check_size(store: LocalStore, record: BackupRecord, path: str, expected: in
 def _read_shard(store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int) -> _Shard:
     path = f"{record.directory}/{orbax.shard_path(number)}"
     data = np.empty(plan.shard_bytes, np.uint8)
-    memory = memoryview(data)
+    memory = data.data
     store.read_into(path, memory)
     start_bytes = number * plan.shard_bytes
     checksums = bytearray()

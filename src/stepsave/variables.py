@@ -199,12 +199,11 @@ def _match(
             # Keras on TensorFlow makes most metrics in the first step; `fit` resets all
             # metrics when an epoch begins, so nothing is lost.
             continue
-        for path in mine:
-            if path not in partners:
-                problems.append(
-                    f"{'/'.join(path)}: expected by the model, {_describe(mine[path])}; not "
-                    "in the backup"
-                )
+        problems += [
+            f"{'/'.join(path)}: expected by the model, {_describe(variable)}; not in the backup"
+            for path, variable in mine.items()
+            if path not in partners
+        ]
         for path in sorted(set(theirs) - set(partners.values())):
             array = saved[path]
             problems.append(

@@ -22,99 +22,18 @@ from crc32c import crc32c
 
 from stepsave import orbax
 from stepsave.arena import Arena
-from stepsave.commit import Blueprint, CommitProtocol
-from stepsave.errors import SaveFailedError
+from stepsave.capture import Snapshot
+from stepsave.commit import CommitProtocol
+from stepsave.handle import SaveHandle
 from stepsave.layout import CHECKSUM_BYTES
 from stepsave.spec import LayoutPlan
 from stepsave.store.kvstore import ShardArray
 from stepsave.store.local import LocalStore
 
-__all__ = ("BackgroundWriter", "SaveHandle")
+__all__ = ("BackgroundWriter",)
 
 LANES = 2
 """One lane computes checksums while the other waits for the disk."""
-
-
-class SaveHandle:
-    """One save, as its caller sees it.
-
-    Attributes:
-        step: The step that was passed to `save`.
-        bytes: Bytes of state captured; 0 if skipped.
-        stall_s: How long the call of `save` took.
-        skipped: True if nothing was saved, because both arenas were in use.
-    """
-
-    def __init__(self, step: int, size_bytes: int, *, skipped: bool = False) -> None:
-        self.step = step
-        self.bytes = size_bytes
-        self.skipped = skipped
-        self.stall_s = 0.0
-        self._durable_s: float | None = None
-        self._error: BaseException | None = None
-        self._ended = threading.Event()
-        self._reported = False
-        self.counted = False  # whether `Checkpointer.stats` has this failure
-        if skipped:
-            self._ended.set()
-
-    def __repr__(self) -> str:
-        state = (
-            "skipped"
-            if self.skipped
-            else "in flight"
-            if not self._ended.is_set()
-            else "failed"
-            if self._error
-            else f"durable after {self._durable_s:.3f} s"
-        )
-        return f"<SaveHandle of step {self.step}: {state}>"
-
-    @property
-    def durable_s(self) -> float | None:
-        """Time from the call of `save` until the commit; None before, or if it failed."""
-        return self._durable_s
-
-    @property
-    def done(self) -> bool:
-        """Whether the save has ended, well or badly."""
-        return self._ended.is_set()
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Returns when the save is durable, or at once if it was skipped.
-
-        Raises:
-            SaveFailedError: If it failed; the cause is attached.
-            TimeoutError: If it has not ended within `timeout_s` seconds. It goes on.
-        """
-        if not self.wait_ended(timeout_s):
-            raise TimeoutError(f"The save of step {self.step} has not ended after {timeout_s} s.")
-        self._reported = True
-        if self._error is not None:
-            raise self.failure() from self._error
-
-    def wait_ended(self, timeout_s: float | None) -> bool:
-        """Waits until the save has ended, well or badly; tells whether it has."""
-        return self._ended.wait(timeout_s)
-
-    def take_error(self) -> BaseException | None:
-        """Returns the error of a failed save once, unless `wait` has raised it already."""
-        if not self._ended.is_set() or self._reported or self._error is None:
-            return None
-        self._reported = True
-        return self._error
-
-    def failure(self) -> SaveFailedError:
-        """The error to raise for a failed save, to be chained to its cause."""
-        return SaveFailedError(
-            f"The save of step {self.step} failed: {self._error!r}. The backup before it is "
-            "still valid. Mend the cause; later saves start afresh."
-        )
-
-    def _end(self, durable_s: float | None, error: BaseException | None) -> None:
-        self._durable_s = durable_s
-        self._error = error
-        self._ended.set()
 
 
 class BackgroundWriter:
@@ -134,25 +53,20 @@ class BackgroundWriter:
 
     def start(
         self,
-        blueprint: Blueprint,
-        arena: Arena,
+        snapshot: Snapshot,
         handle: SaveHandle,
         training: bytes,
         began_s: float,
-        release: Callable[[Arena], None],
     ) -> None:
-        """Hands a filled arena over; returns at once.
+        """Hands a snapshot over; returns at once.
 
         Args:
-            blueprint: What the backup is made from; its plan is the one the arena was
-                filled by.
-            arena: Must not be touched until `release` is called with it.
+            snapshot: Released when its bytes are on disk, or given up.
             handle: Told when the save ends.
             training: Contents of `training.json`.
             began_s: When `save` was called, by `time.perf_counter`.
-            release: Called with the arena when its bytes are not needed any more.
         """
-        job = _Job(self, blueprint, arena, handle, training, began_s, release, self._last)
+        job = _Job(self, snapshot, handle, training, began_s, self._last)
         self._last = job
         for _ in range(LANES):
             self._executor.submit(job.run_lane)
@@ -167,7 +81,7 @@ class BackgroundWriter:
 
             def write(number: int, data: np.ndarray[Any, Any]) -> None:
                 path = f"{directory}/{orbax.shard_path(number)}"
-                self._store.write_direct(path, memoryview(data))
+                self._store.write_direct(path, data.data)
 
             return write
         return ShardArray(self._store, directory, plan).write
@@ -187,22 +101,19 @@ class _Job:
     def __init__(
         self,
         writer: BackgroundWriter,
-        blueprint: Blueprint,
-        arena: Arena,
+        snapshot: Snapshot,
         handle: SaveHandle,
         training: bytes,
         began_s: float,
-        release: Callable[[Arena], None],
         before: _Job | None,
     ) -> None:
         self._writer = writer
-        self._blueprint = blueprint
-        self._plan = blueprint.plan
-        self._arena = arena
+        self._snapshot = snapshot
+        self._blueprint = snapshot.blueprint
+        self._plan = snapshot.blueprint.plan
         self._handle = handle
         self._training = training
         self._began_s = began_s
-        self._release = release
         self._before = before
         self._guard = threading.Lock()
         self._lanes_left = LANES
@@ -221,8 +132,8 @@ class _Job:
                 self._before.wait()
             write = self._begin()
             while self._error is None and (number := self._next_shard()) is not None:
-                self._digests[number] = _seal_shard(self._plan, self._arena, number)
-                write(number, self._arena.shard(number))
+                self._digests[number] = _seal_shard(self._plan, self._snapshot.arena, number)
+                write(number, self._snapshot.arena.shard(number))
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             with self._guard:
                 self._error = self._error or e
@@ -249,7 +160,7 @@ class _Job:
             return next(self._shards, None)
 
     def _end(self) -> None:
-        self._release(self._arena)  # its bytes are on disk, or given up
+        self._snapshot.release()  # its bytes are on disk, or given up
         durable_s = None
         protocol = self._writer.protocol
         try:
@@ -269,13 +180,13 @@ class _Job:
             self._error.add_note(f"Cleaning up after it failed too: {e!r}")
         finally:
             self._before = None  # or every save would keep all saves before it alive
-            self._handle._end(durable_s, self._error)  # pyright: ignore[reportPrivateUsage]
+            self._handle.end(durable_s, self._error)
             self._ended.set()
 
 
 def _seal_shard(plan: LayoutPlan, arena: Arena, number: int) -> int:
     """Writes the checksum of each chunk of a shard behind it; returns the shard's digest."""
-    memory = memoryview(arena.bytes)
+    memory = arena.bytes.data
     checksums = bytearray()
     for chunk in plan.shard_chunks[number]:
         end = chunk.offset_bytes + chunk.stored_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -23,12 +23,12 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
 
 
 def _view(leaf: Any) -> np.ndarray[Any, Any]:
-    tensor = leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
+    tensor: Any = leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
     if not isinstance(tensor, tf.Tensor) or not hasattr(tensor, "numpy"):
         raise InvalidStateError(f"expected an eager tensor, found {type(leaf).__name__}.")
     if "GPU" in tensor.device:
         return np.asarray(tensor.numpy())
     try:
-        return np.asarray(memoryview(tensor))
+        return np.asarray(memoryview(cast("Any", tensor)))
     except (TypeError, ValueError):  # bfloat16 and float8 have no buffer format
         return np.asarray(tensor.numpy())

@@ -1,0 +1,198 @@
+"""The plot of the demo: starts the trainings, kills one, and checks what came of it."""
+
+# ruff: noqa: T201  printing is a demo's purpose
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+import stepsave
+from stepsave.demo import table
+from stepsave.demo.facts import EPOCHS, SAVE_FREQ, Comparison, InFlight, Outcome
+
+__all__ = ("DemoError", "run")
+
+KILL_EPOCH = 4
+KILL_BATCHES = 20
+MAX_KILLS = 3
+"""A write may end in the instant between its announcement and the kill; then once more."""
+
+ACCURACY_MIN = 0.95
+ACCURACY_DIFFERENCE_MAX = 0.03
+"""The order of the images after a resume is not that of the uninterrupted run."""
+
+_CHILD_LIMIT_S = 120.0
+_SHOWN_LINES = 30  # of what a failed child wrote to stderr
+
+
+class DemoError(Exception):
+    """The demo could not show what it wants to show."""
+
+
+def run() -> None:
+    """Runs the four trainings and prints the table.
+
+    Raises:
+        DemoError: If a child failed or a check did not hold.
+    """
+    backend = os.environ["KERAS_BACKEND"]
+    print(f"stepsave {stepsave.__version__}, Keras on {backend}: a convolutional classifier of")
+    print(f"handwritten digits, backed up every {SAVE_FREQ} batches", flush=True)
+    with tempfile.TemporaryDirectory(prefix="stepsave-demo-") as directory:
+        with _told("1/4 training without interruption"):
+            uninterrupted = _train(os.path.join(directory, "uninterrupted"))
+        with _told("2/4 training again, killed in the middle of a write"):
+            backup_dir, killed, committed_step = _kill_in_flight(directory)
+        with _told("3/4 the same command once more"):
+            resumed = _train(backup_dir)
+        with _told("4/4 measuring next to Keras's own callback"):
+            line = _run_child(directory, "compare", "--directory", directory)
+            comparison = Comparison.from_line(line)
+    print()
+    print(table.interruption(killed, committed_step, resumed))
+    print(table.accuracy(uninterrupted, resumed))
+    print(table.cost(comparison))
+    _check(killed, committed_step, uninterrupted, resumed)
+    print(
+        f"All checks hold: resumed at the last committed step; both accuracies above "
+        f"{ACCURACY_MIN} and\nwithin {ACCURACY_DIFFERENCE_MAX} of each other."
+    )
+
+
+def _check(
+    killed: InFlight, committed_step: int, uninterrupted: Outcome, resumed: Outcome
+) -> None:
+    """Raises `DemoError` naming each check that does not hold."""
+    failures: list[str] = []
+    if committed_step >= killed.step:
+        failures.append(
+            f"expected to kill a write in flight, but in {MAX_KILLS} attempts each had ended "
+            "just before"
+        )
+    if resumed.first_step != committed_step:
+        failures.append(
+            f"expected to resume at the last committed step {committed_step}, but resumed at "
+            f"{resumed.first_step}"
+        )
+    if resumed.first_epoch != killed.epoch:
+        failures.append(
+            f"expected to resume in epoch {killed.epoch + 1}, but resumed in epoch "
+            f"{resumed.first_epoch + 1}"
+        )
+    accuracies = (uninterrupted.accuracy, resumed.accuracy)
+    if min(accuracies) <= ACCURACY_MIN:
+        failures.append(f"expected accuracies above {ACCURACY_MIN}, found {accuracies}")
+    if max(accuracies) - min(accuracies) > ACCURACY_DIFFERENCE_MAX:
+        failures.append(
+            f"expected accuracies within {ACCURACY_DIFFERENCE_MAX} of each other, found "
+            f"{accuracies}"
+        )
+    if failures:
+        raise DemoError("\n".join(failures))
+
+
+def _train(backup_dir: str) -> Outcome:
+    line = _run_child(os.path.dirname(backup_dir), "train", "--directory", backup_dir)
+    return Outcome.from_line(line)
+
+
+def _kill_in_flight(directory: str) -> tuple[str, InFlight, int]:
+    """Kills a training while it writes.
+
+    Returns:
+        The backup directory it left, the save that was in flight, and the step that is
+        committed. The save had ended after all if these are the same step.
+    """
+    backup_dir, killed, committed_step = "", None, -1
+    for attempt in range(MAX_KILLS):
+        backup_dir = os.path.join(directory, f"killed-{attempt}")
+        batches = KILL_BATCHES + attempt * SAVE_FREQ
+        killed = _kill_when_announced(directory, backup_dir, batches)
+        with stepsave.Checkpointer(backup_dir) as saver:
+            backup = saver.restore()
+        if backup is None:
+            raise DemoError("expected a backup after the kill, found none")
+        committed_step = backup.step
+        if committed_step < killed.step:
+            break
+    assert killed is not None
+    return backup_dir, killed, committed_step
+
+
+def _kill_when_announced(directory: str, backup_dir: str, batches: int) -> InFlight:
+    announce_from = (str(KILL_EPOCH), str(batches))
+    arguments = ("train", "--directory", backup_dir, "--announce-from", *announce_from)
+    with _start_child(directory, *arguments) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.kill()
+    if process.returncode != -signal.SIGKILL or not line:
+        raise _child_error(directory, "train", process.returncode)
+    return InFlight.from_line(line)
+
+
+def _run_child(directory: str, *arguments: str) -> str:
+    """Returns the last line that a child printed.
+
+    Raises:
+        DemoError: If it failed.
+    """
+    with _start_child(directory, *arguments) as process:
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+    if process.returncode or not lines:
+        raise _child_error(directory, arguments[0], process.returncode)
+    return lines[-1]
+
+
+@contextlib.contextmanager
+def _start_child(directory: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts this program as a child, and waits for its end; kills it if it hangs."""
+    command = [sys.executable, "-m", "stepsave.demo", "--child", *arguments]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    with (
+        open(os.path.join(directory, "stderr.txt"), "w", encoding="utf-8") as stderr,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        ) as process,
+    ):
+        timer = threading.Timer(_CHILD_LIMIT_S, process.kill)
+        timer.start()
+        try:
+            yield process
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
+
+
+def _child_error(directory: str, name: str, returncode: int) -> DemoError:
+    with open(os.path.join(directory, "stderr.txt"), encoding="utf-8") as stderr:
+        shown = stderr.read().splitlines()[-_SHOWN_LINES:]
+    return DemoError(
+        f"the child process {name!r} ended with status {returncode} (limit {_CHILD_LIMIT_S:.0f} "
+        f"s) and wrote:\n" + "\n".join(shown)
+    )
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Prints what is going on, and how long it took."""
+    print(f"  {what} ...", end="", flush=True)
+    began_s = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print(" failed", flush=True)
+        raise
+    print(f" {time.perf_counter() - began_s:.0f} s", flush=True)

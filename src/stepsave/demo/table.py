@@ -1,0 +1,72 @@
+"""The demo's result as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepsave.demo.facts import EPOCHS, Comparison, InFlight, Outcome
+
+__all__ = ("accuracy", "cost", "interruption")
+
+
+def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str:
+    """Tells where training was killed and where it went on."""
+    in_flight = f"step {killed.step}"
+    if committed_step >= killed.step:
+        in_flight += ", but it ended just before the kill"
+    repeated = resumed.last_step - killed.steps_per_epoch * EPOCHS
+    resumed_at = f"step {resumed.first_step}, epoch {resumed.first_epoch + 1}"
+    if repeated > 0:
+        resumed_at += f" from its first batch ({repeated} batches trained again)"
+    return _format(
+        "Interruption",
+        [
+            (
+                "killed by SIGKILL at",
+                f"step {killed.step}, epoch {killed.epoch + 1} of {EPOCHS}, batch "
+                f"{killed.batches} of {killed.steps_per_epoch}",
+            ),
+            ("save in flight", in_flight),
+            ("last committed step", f"step {committed_step}"),
+            ("resumed at", resumed_at),
+        ],
+    )
+
+
+def accuracy(uninterrupted: Outcome, resumed: Outcome) -> str:
+    """Compares what both trainings reached."""
+    return _format(
+        "Final test accuracy",
+        [
+            ("uninterrupted run", f"{uninterrupted.accuracy:.4f}"),
+            ("killed and resumed run", f"{resumed.accuracy:.4f}"),
+        ],
+    )
+
+
+def cost(comparison: Comparison) -> str:
+    """Compares what saving costs with both callbacks."""
+    c = comparison
+    title = f"Saving {c.state_bytes / 1e6:.1f} MB, medians of {c.saves} saves"
+    return _format(
+        title,
+        [
+            ("", "stepsave", "keras.callbacks.BackupAndRestore"),
+            ("stall per save", _milliseconds(c.stall_s), _milliseconds(c.keras_stall_s)),
+            ("durable after", _milliseconds(c.durable_s), "not durable: it calls no fsync"),
+            ("time of an epoch", _milliseconds(c.epoch_s), _milliseconds(c.keras_epoch_s)),
+            ("  without backups", _milliseconds(c.plain_epoch_s), ""),
+            ("writer", c.writer, "HDF5, on the training thread"),
+        ],
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _format(title: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = [title]
+    for name, *cells in rows:
+        lines.append("".join([f"  {name:<24}", *(f"{cell:<12}" for cell in cells)]).rstrip())
+    return "\n".join([*lines, ""])
