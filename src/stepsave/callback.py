@@ -95,6 +95,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._saver: Checkpointer | None = None
         self._close_at_exit: weakref.finalize[Any, Any] | None = None
         self._variables: ModelVariables | None = None
+        self._variables_checked = False  # in this epoch
         self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
         self._last_stats: SaveStats | None = None
         self._fit_thread = threading.get_ident()
@@ -107,7 +108,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._global_step = 0
         self._saved_step = 0
         self._batches_done = 0  # in this epoch, all before the batch in progress
-        self._batches_ended = 0  # as told from Keras's dispatch thread
+        self._batch_begun = 0
+        self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
+        self._ended_guard = threading.Lock()
         self._save_is_due = False
 
     # Keras's callback has these attributes, and its tests overwrite the files to see that
@@ -178,7 +181,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         _set_initial_epoch(self._trained_model(), None)
         self._epoch = epoch
         self._in_epoch = True
-        self._batches_done = self._batches_ended = 0
+        self._batches_done = self._batches_ended = self._batch_begun = 0
+        self._variables_checked = False
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._advance(self._batches_ended)
@@ -193,6 +197,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         # Always called by the thread of `fit`, after the last step and before the next, and
         # without a device sync; so with asynchronous dispatch this is where to save.
+        self._batch_begun = batch
         if self._saver is not None:
             self._saver.raise_failed()
         if batch > self._batches_done:
@@ -202,7 +207,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._save(self._epoch, self._batches_done)
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._batches_ended = max(self._batches_ended, batch + 1)
+        with self._ended_guard:
+            self._batches_ended = max(self._batches_ended, batch + 1)
         if threading.get_ident() != self._fit_thread:
             return  # dispatched asynchronously: the next step may already be running
         self._last_batch_seen = batch
@@ -215,7 +221,10 @@ class BackupAndRestore(keras.callbacks.Callback):
         # that an interruption of the validation does not lose it.
         if not self._in_epoch:
             return
-        self._advance(self._batches_ended)
+        # Dispatch threads may not have told of the last batch yet. That it has ended is
+        # certain; how many batches it was, only where each execution is one.
+        single = self._trained_model().steps_per_execution == 1
+        self._advance(max(self._batches_ended, self._batch_begun + 1 if single else 0))
         if self._save_is_due:
             self._save(self._epoch, self._batches_done)
 
@@ -266,9 +275,15 @@ class BackupAndRestore(keras.callbacks.Callback):
         )
 
     def _collect(self, saver: Checkpointer, model: Any) -> ModelVariables:
-        """The model's variables, listed once per fit, and again when there are more."""
+        """The model's variables, listed again when there are more of them.
+
+        That is looked at once per epoch: listing them takes time in a deep model, and Keras
+        makes variables late only in the first step of a fit.
+        """
         variables = self._variables
-        if variables is None or not variables.is_current():
+        is_current = variables is not None and (self._variables_checked or variables.is_current())
+        self._variables_checked = self._in_epoch
+        if variables is None or not is_current:
             variables = self._variables = ModelVariables(model)
             config = model_config(model)
             saver.attach({} if config is None else {"model_config": {"config": config}})

@@ -44,9 +44,7 @@ def train(directory: str, announce_from: tuple[int, int] | None) -> None:
     callbacks: list[Any] = [backup, start]  # in this order: `start` looks after the restore
     if announce_from is not None:
         callbacks.append(_Announcer(backup, announce_from))
-    model.fit(
-        images, labels, batch_size=_BATCH_SIZE, epochs=EPOCHS, verbose=0, callbacks=callbacks
-    )
+    model.fit(images, labels, batch_size=_BATCH_SIZE, epochs=EPOCHS, verbose=0, callbacks=callbacks)
     outcome = Outcome(
         first_epoch=start.epoch,
         first_step=start.step,

@@ -67,9 +67,7 @@ def run() -> None:
     )
 
 
-def _check(
-    killed: InFlight, committed_step: int, uninterrupted: Outcome, resumed: Outcome
-) -> None:
+def _check(killed: InFlight, committed_step: int, uninterrupted: Outcome, resumed: Outcome) -> None:
     """Raises `DemoError` naming each check that does not hold."""
     failures: list[str] = []
     if committed_step >= killed.step:

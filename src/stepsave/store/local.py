@@ -189,27 +189,23 @@ class LocalStore:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def can_write_direct(self) -> bool:
-        """Probes whether this file system takes `O_DIRECT` writes from aligned memory."""
-        flag = getattr(os, "O_DIRECT", 0)
-        if not flag:
+        """Probes whether this file system takes direct writes, by making one.
+
+        Raises:
+            OSError: For faults that are no answer to the question, such as a full disk.
+        """
+        if not hasattr(os, "O_DIRECT"):
             return False
-        probe = self.root / PROBE_NAME
         block = mmap.mmap(-1, _BLOCK_BYTES)
         try:
-            fd = os.open(probe, os.O_WRONLY | os.O_CREAT | flag | os.O_CLOEXEC, 0o600)
-            try:
-                return os.pwrite(fd, block, 0) == _BLOCK_BYTES
-            finally:
-                os.close(fd)
+            self.write_direct(PROBE_NAME, memoryview(block))
         except OSError as e:
-            # The answers of file systems that do not support it; anything else (a full
-            # disk, no permission) is a fault that the user must hear of.
             if e.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
                 return False
             raise
         finally:
-            probe.unlink(missing_ok=True)
-            block.close()
+            self.remove(PROBE_NAME)
+        return True
 
     def write_direct(self, path: str, data: memoryview) -> None:
         """Writes a file with `O_DIRECT` and syncs it, in place if it has the right size.
