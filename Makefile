@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 BACKENDS := jax tensorflow torch
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-engine test-keras lint format bench clean
+.PHONY: demo test test-engine test-keras test-docs lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
 
 # The engine's tests run once and, where the machine lets them, in parallel; those of the
 # callback run once per backend, each in a process of its own.
-test: test-engine test-keras
+test: test-engine test-keras test-docs
 
 test-engine: $(VENV)/.test
 	$(PYTEST) tests/engine -n 2 --dist loadfile
@@ -24,6 +24,9 @@ test-keras: $(VENV)/.test
 	  echo "== KERAS_BACKEND=$$backend"; \
 	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras; \
 	done
+
+test-docs: $(VENV)/.test
+	KERAS_BACKEND=jax $(PYTEST) tests/demo tests/docs
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -358,7 +358,13 @@ def _check_directory(directory: str | os.PathLike[str]) -> str:
 def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
     if writer == "tensorstore":
         return False
-    works = store.can_write_direct()
+    try:
+        works = store.can_write_direct()
+    except OSError as e:
+        raise BackupDirectoryError(
+            f"{store.root}: cannot write to the backup directory: {e.strerror or e}. Free space "
+            "on it, mend it, or choose another."
+        ) from e
     if writer == "direct" and not works:
         raise BackupDirectoryError(
             f"{store.root}: its file system does not take direct writes (O_DIRECT). Use "

@@ -20,7 +20,7 @@ from stepsave.demo.facts import EPOCHS, SAVE_FREQ, Comparison, InFlight, Outcome
 
 __all__ = ("compare", "train")
 
-_BATCH_SIZE = 32
+_BATCH_SIZE = 64
 _ROUNDS = 3  # epochs measured with each callback
 
 Dataset = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]

@@ -1,0 +1,140 @@
+"""The parts of a save, each by itself, by pytest-benchmark.
+
+    python -m pytest bench/test_parts.py --benchmark-only
+
+Speed is compared within one run; nothing here passes or fails on a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from crc32c import crc32c
+
+import stepsave
+from bench import floors
+from stepsave.arena import ArenaPool
+from stepsave.commit import Blueprint
+from stepsave.layout import compile_layout, decode_layout, encode_layout
+from stepsave.spec import LeafSpec
+from stepsave.store.kvstore import ShardArray
+from stepsave.store.local import LocalStore
+
+STATE_BYTES = 100_000_000
+ARRAYS = 25
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(STATE_BYTES // ARRAYS // 4, np.float32) for _ in range(ARRAYS)]
+
+
+@pytest.fixture
+def plan(arrays):
+    specs = [LeafSpec((f"w{i}",), a.shape, "float32") for i, a in enumerate(arrays)]
+    return compile_layout(specs)
+
+
+@pytest.fixture
+def arena(plan, arrays):
+    pool = ArenaPool(plan)
+    arena = pool.acquire(block=True)
+    pool.fill(arena, plan, arrays)
+    yield arena
+    pool.close()
+
+
+@pytest.fixture
+def spare(plan, tmp_path):
+    """A store with an empty backup directory made ready for this plan."""
+    store = LocalStore(tmp_path)
+    store.make_directory("spare/pytree/d/c")
+    for path, data in Blueprint.compile(plan, {}).files.items():
+        store.make_directory(f"spare/{path}".rpartition("/")[0])
+        store.write(f"spare/{path}", data)
+    return store
+
+
+@pytest.mark.benchmark(group="copy 100 MB")
+def test_floor_memcpy_by_two_threads(benchmark):
+    memcpy = floors.Memcpy(STATE_BYTES)
+    benchmark(memcpy.measure_s)
+    memcpy.close()
+
+
+@pytest.mark.benchmark(group="copy 100 MB")
+def test_capture_into_an_arena(benchmark, plan, arrays):
+    pool = ArenaPool(plan)
+    arena = pool.acquire(block=True)
+    benchmark(pool.fill, arena, plan, arrays)
+    pool.close()
+
+
+@pytest.mark.benchmark(group="checksum 100 MB")
+def test_checksum(benchmark, arena, plan):
+    benchmark(lambda: [crc32c(arena.shard(i).data) for i in range(plan.shard_count)])
+
+
+@pytest.mark.benchmark(group="write 100 MB")
+def test_floor_raw_direct_write(benchmark, tmp_path):
+    benchmark(floors.RawWrite(tmp_path, STATE_BYTES).measure_s)
+
+
+@pytest.mark.benchmark(group="write 100 MB")
+def test_direct_writer_in_place(benchmark, spare, arena, plan):
+    def write() -> None:
+        for number in range(plan.shard_count):
+            spare.write_direct(f"spare/pytree/d/c/{number}", arena.shard(number).data)
+
+    benchmark(write)
+
+
+@pytest.mark.benchmark(group="write 100 MB")
+def test_tensorstore_writer(benchmark, spare, arena, plan):
+    shards = ShardArray(spare, "spare", plan)
+
+    def write() -> None:
+        for number in range(plan.shard_count):
+            shards.write(number, arena.shard(number))
+
+    benchmark(write)
+
+
+@pytest.mark.benchmark(group="restore 100 MB, warm")
+def test_restore_verified(benchmark, tmp_path, arrays):
+    state = {f"w{i}": array for i, array in enumerate(arrays)}
+    with stepsave.Checkpointer(tmp_path / "backup") as saver:
+        saver.save(0, state).wait()
+        backup = benchmark(saver.restore)
+    assert all(np.array_equal(backup.state[name], array) for name, array in state.items())
+
+
+@pytest.mark.parametrize("leaves", [100, 1000, 10_000])
+@pytest.mark.benchmark(group="layout")
+def test_compile_layout_and_constant_files(benchmark, leaves):
+    specs = [LeafSpec(("model", f"layer_{i}"), (32, 32), "float32") for i in range(leaves)]
+    benchmark.pedantic(lambda: Blueprint.compile(compile_layout(specs), {}), rounds=5)
+
+
+@pytest.mark.parametrize("leaves", [10_000])
+@pytest.mark.benchmark(group="layout")
+def test_decode_layout(benchmark, leaves):
+    specs = [LeafSpec(("model", f"layer_{i}"), (32, 32), "float32") for i in range(leaves)]
+    encoded = encode_layout(compile_layout(specs))
+    benchmark.pedantic(decode_layout, (encoded, "bench"), rounds=5)
+
+
+@pytest.mark.parametrize("leaves", [100, 10_000])
+@pytest.mark.benchmark(group="save of small arrays, until it returns")
+def test_stall_of_small_arrays(benchmark, tmp_path, leaves):
+    state = {f"w{i}": np.zeros(1000, np.float32) for i in range(leaves)}
+    with stepsave.Checkpointer(tmp_path / "backup") as saver:
+        saver.prepare(state)
+        steps = iter(range(1_000_000))
+
+        def setup() -> None:
+            saver.wait()
+
+        benchmark.pedantic(lambda: saver.save(next(steps), state), setup=setup, rounds=20)
+        saver.wait()

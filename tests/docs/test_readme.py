@@ -1,0 +1,50 @@
+"""Nothing in the README that was not run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
+    assert len(EXAMPLES) == 2
+    assert ".fit(" in EXAMPLES[0]
+    assert "Checkpointer(" in EXAMPLES[1]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["fit", "loop"])
+def test_an_example_of_the_readme_runs_as_written_and_again_after_it(example, tmp_path):
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error::ResourceWarning", "-c", example],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_loop_of_the_readme_goes_on_where_it_was(tmp_path):
+    code = EXAMPLES[1] + "\nprint(step, weights[0])\n"
+    killed = code.replace("weights += 1.0", "weights += 1.0\n        if step == 52: break")
+    for source, expected in ((killed, "52 53.0"), (code, "99 100.0")):
+        done = subprocess.run(
+            [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        last = done.stdout.split("\n")[0]
+        # Saved at step 50; the two steps after it are trained again.
+        assert last == expected
+
+
+def test_links_of_the_readme_and_docs_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
