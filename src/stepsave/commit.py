@@ -178,7 +178,7 @@ class CommitProtocol:
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""
         before = self.committed
-        self._store.replace(COMMIT, encode_marker(record))
+        self._set_marker(COMMIT, record)
         self.committed = record
         try:
             self._retire_after(before)
@@ -192,13 +192,13 @@ class CommitProtocol:
     def _retire_after(self, before: BackupRecord | None) -> None:
         if self._double and before is not None:
             # After COMMIT, so that at no instant fewer than two backups are valid.
-            self._store.replace(PREVIOUS, encode_marker(before))
+            self._set_marker(PREVIOUS, before)
             oldest, self.previous = self.previous, before
             self._retire(oldest)
             return
         if self.previous is not None:  # of an earlier run with `double_checkpoint`
-            oldest = self.previous
-            self._drop_previous_marker()
+            oldest, self.previous = self.previous, None
+            self._set_marker(PREVIOUS, None)
             self._remove_backup(oldest.directory)
         self._retire(before)
 
@@ -216,9 +216,7 @@ class CommitProtocol:
     def delete_all(self) -> None:
         """Removes every backup, markers first, and nothing that stepsave did not write."""
         for name in (COMMIT, PREVIOUS):
-            self._store.remove(name)
-        # Without it a power cut can bring a marker back whose backup is gone.
-        self._store.sync_directory()
+            self._set_marker(name, None)
         self.committed = self.previous = None
         self.problems.clear()
         for name in self._store.list():
@@ -234,24 +232,23 @@ class CommitProtocol:
         self._store.rename(record.directory, SPARE)
         self._spare_of = frozenset(record.files)
 
-    def _drop_previous_marker(self) -> None:
-        self._store.remove(PREVIOUS)
+    def _set_marker(self, name: str, record: BackupRecord | None) -> None:
+        if record is not None:
+            self._store.replace(name, encode_marker(record))
+            return
+        self._store.remove(name)
         # Without it the marker can come back after its backup was removed.
         self._store.sync_directory()
-        self.previous = None
 
     def _collect(self) -> None:
         """Takes in what earlier runs left: unreferenced backups and temporary files."""
-        if self._read_marker(COMMIT) != self.committed:
-            # Either `fall_back` was called, or a publish failed half way. The marker must
-            # stop naming a backup before anything of that backup is touched.
-            self._drop_previous_marker()
-            if self.committed is None:
-                self._store.remove(COMMIT)
-                self._store.sync_directory()
-            else:
-                self._store.replace(COMMIT, encode_marker(self.committed))
-            self.problems.pop(COMMIT, None)
+        # They differ after `fall_back`, and after a publish that failed half way. A marker
+        # must stop naming a backup before anything of that backup is touched; COMMIT first,
+        # so that at every instant one of the markers names a backup that can be read.
+        for name, record in ((COMMIT, self.committed), (PREVIOUS, self.previous)):
+            if self._read_marker(name) != record or name in self.problems:
+                self._set_marker(name, record)
+                self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
             self._store.remove(name)
         kept = {record.directory for record in (self.committed, self.previous) if record}

@@ -26,14 +26,7 @@ readers take for a step, nor Orbax's temporary suffix, which its managers delete
 TRAINING_PATH = "training.json"
 TEMPORARY_NAMES = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
 
-_KNOWN_ENTRIES = {
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-    "layout.json",
-    "model_config",
-    "pytree",
-    "training.json",
-}
+_KNOWN_DIRECTORIES = {"model_config", "pytree"}
 _KNOWN_FILES = {
     "_CHECKPOINT_METADATA",
     "_METADATA",
@@ -69,18 +62,25 @@ def refuse_foreign(store: LocalStore) -> None:
 
 
 def _is_ours(store: LocalStore, name: str) -> bool:
+    """Whether stepsave made a directory, complete or not.
+
+    Other tools name directories by digits and put Orbax's files in them; only `layout.json`
+    tells a backup of ours. It is removed last, so one that was being removed when the
+    process died has it too, or nothing at all. `spare` is nobody else's name, and may hold
+    any part of a backup.
+    """
     if not store.is_directory(name):
         return False
-    # A backup that was being made or removed when the process died may lack any file; then
-    # it is ours if it holds nothing that we would not write.
     found = store.list(name)
-    return orbax.LAYOUT_PATH in found or set(found) <= _KNOWN_ENTRIES
+    if name == SPARE:
+        return set(found) <= _KNOWN_FILES | _KNOWN_DIRECTORIES
+    return not found or orbax.LAYOUT_PATH in found
 
 
 def remove_known(store: LocalStore, directory: str) -> list[str]:
     """Removes known files below a directory, then empty directories; returns what is left."""
     left: list[str] = []
-    for name in store.list(directory):
+    for name in sorted(store.list(directory), key=lambda name: name == orbax.LAYOUT_PATH):
         path = f"{directory}/{name}"
         if store.is_directory(path):
             left += remove_known(store, path)

@@ -25,9 +25,7 @@ def main() -> int:
         from stepsave.demo import child
 
         if arguments.child == "train":
-            child.train(
-                arguments.directory, arguments.announce_from and (*arguments.announce_from,)
-            )
+            child.train(arguments.directory, arguments.announce_from)
         else:
             child.compare(arguments.directory)
         return 0

@@ -6,9 +6,11 @@ import dataclasses
 import json
 from typing import Self
 
-__all__ = ("Comparison", "InFlight", "Outcome")
+__all__ = ("EPOCHS", "SAVE_FREQ", "Comparison", "InFlight", "Outcome")
 
 SAVE_FREQ = 5
+"""Batches from one save to the next."""
+
 EPOCHS = 8
 
 
@@ -45,7 +47,7 @@ class Outcome(_Fact):
     """A training has completed.
 
     Attributes:
-        first_epoch: Epoch, from 0, at which it began or went on.
+        first_epoch: Epoch, from 0, in which it began or went on.
         first_step: The optimizer's step counter at that moment.
         last_step: The same at the end.
         accuracy: Share of the test images that are classified correctly.
@@ -68,9 +70,6 @@ class Comparison(_Fact):
         stall_s: Time for which a save of stepsave keeps training waiting.
         durable_s: Time until that save would survive a power cut.
         keras_stall_s: As `stall_s`, with Keras's callback.
-        epoch_s: Time of an epoch with stepsave.
-        keras_epoch_s: Time of an epoch with Keras's callback.
-        plain_epoch_s: Time of an epoch without backups.
     """
 
     state_bytes: int
@@ -79,6 +78,3 @@ class Comparison(_Fact):
     stall_s: float
     durable_s: float
     keras_stall_s: float
-    epoch_s: float
-    keras_epoch_s: float
-    plain_epoch_s: float

@@ -12,16 +12,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import stepsave
 from stepsave.demo import table
-from stepsave.demo.facts import EPOCHS, SAVE_FREQ, Comparison, InFlight, Outcome
+from stepsave.demo.facts import SAVE_FREQ, Comparison, InFlight, Outcome
 
 __all__ = ("DemoError", "run")
 
 KILL_EPOCH = 4
-KILL_BATCHES = 20
+KILL_BATCHES = 10
+"""The first save after so many of the 22 batches of this epoch (from 0) is interrupted."""
+
 MAX_KILLS = 3
 """A write may end in the instant between its announcement and the kill; then once more."""
 
@@ -152,10 +154,15 @@ def _run_child(directory: str, *arguments: str) -> str:
 
 
 @contextlib.contextmanager
-def _start_child(directory: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _start_child(directory: str, *arguments: str) -> Generator[subprocess.Popen[str], None, None]:
     """Starts this program as a child, and waits for its end; kills it if it hangs."""
     command = [sys.executable, "-m", "stepsave.demo", "--child", *arguments]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        # Threads of torch that spin while they wait keep the writers off a small machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     with (
         open(os.path.join(directory, "stderr.txt"), "w", encoding="utf-8") as stderr,
         subprocess.Popen(
@@ -184,7 +191,7 @@ def _child_error(directory: str, name: str, returncode: int) -> DemoError:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _told(what: str) -> Generator[None, None, None]:
     """Prints what is going on, and how long it took."""
     print(f"  {what} ...", end="", flush=True)
     began_s = time.perf_counter()

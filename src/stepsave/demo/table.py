@@ -18,14 +18,14 @@ def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str
     resumed_at = f"step {resumed.first_step}, epoch {resumed.first_epoch + 1}"
     if repeated > 0:
         resumed_at += f" from its first batch ({repeated} batches trained again)"
+    killed_at = (
+        f"step {killed.step}, epoch {killed.epoch + 1} of {EPOCHS}, "
+        f"batch {killed.batches} of {killed.steps_per_epoch}"
+    )
     return _format(
         "Interruption",
         [
-            (
-                "killed by SIGKILL at",
-                f"step {killed.step}, epoch {killed.epoch + 1} of {EPOCHS}, batch "
-                f"{killed.batches} of {killed.steps_per_epoch}",
-            ),
+            ("killed by SIGKILL at", killed_at),
             ("save in flight", in_flight),
             ("last committed step", f"step {committed_step}"),
             ("resumed at", resumed_at),
@@ -54,8 +54,6 @@ def cost(comparison: Comparison) -> str:
             ("", "stepsave", "keras.callbacks.BackupAndRestore"),
             ("stall per save", _milliseconds(c.stall_s), _milliseconds(c.keras_stall_s)),
             ("durable after", _milliseconds(c.durable_s), "not durable: it calls no fsync"),
-            ("time of an epoch", _milliseconds(c.epoch_s), _milliseconds(c.keras_epoch_s)),
-            ("  without backups", _milliseconds(c.plain_epoch_s), ""),
             ("writer", c.writer, "HDF5, on the training thread"),
         ],
     )
