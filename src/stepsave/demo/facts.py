@@ -68,7 +68,8 @@ class Comparison(_Fact):
         writer: How stepsave wrote, as in `SaveStats.writer`.
         saves: Saves that were measured with each callback.
         stall_s: Time for which a save of stepsave keeps training waiting.
-        durable_s: Time until that save would survive a power cut.
+        durable_s: Time until that save would survive a power cut; median of the medians of
+            each training.
         keras_stall_s: As `stall_s`, with Keras's callback.
     """
 
