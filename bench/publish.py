@@ -26,10 +26,13 @@ def table(result: dict[str, Any]) -> str:
     facts, settings = result["machine"], result["settings"]
     summary = result["summary"]
     megabytes = settings["state_bytes"] / 1e6
-    lines = [
+    caption = (
         f"{facts['cpus']} cores of {facts['cpu']}, Linux {facts['kernel']}, "
         f"{facts['file_system']}; {megabytes:.0f} MB of state, "
-        f"{settings['rounds']} interleaved rounds; median (10th to 90th percentile).",
+        f"{settings['rounds']} interleaved rounds; median (10th to 90th percentile)."
+    )
+    lines = [
+        caption,
         "",
         "| | time | ratio to the floor |",
         "|---|---|---|",

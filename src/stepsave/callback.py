@@ -230,6 +230,10 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _advance(self, batches_done: int) -> None:
         """Takes note that so many batches of this epoch are done."""
+        steps = self._steps_per_epoch()
+        if steps is not None:
+            # With several steps per execution Keras numbers the last one as if it were full.
+            batches_done = min(batches_done, steps)
         passed = batches_done - self._batches_done
         if passed <= 0:
             return

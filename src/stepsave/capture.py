@@ -16,7 +16,7 @@ import numpy as np
 from stepsave.arena import Arena, ArenaPool
 from stepsave.commit import Blueprint
 from stepsave.layout import compile_layout
-from stepsave.snapshot import HostArray, dtype_name, view_on_host
+from stepsave.snapshot import HostArray, device_name, dtype_name, view_on_host
 from stepsave.spec import LeafSpec
 
 __all__ = ("Capture", "Snapshot")
@@ -73,7 +73,7 @@ class Capture:
 
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
         """Compiles the layout and makes the arenas, all pages present."""
-        pool, _ = self._fit(paths, view_on_host(paths, leaves))
+        pool, _ = self._fit(paths, view_on_host(paths, leaves), device_name(leaves))
         pool.wait_touched()
 
     def take(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
@@ -95,7 +95,7 @@ class Capture:
                 if pool is not None and arena is not None:
                     pool.release(arena)
                     arena = None
-                pool, _ = self._fit(paths, arrays)
+                pool, _ = self._fit(paths, arrays, device_name(leaves))
                 arena = pool.acquire(block=True)
             assert pool is not None
             assert arena is not None
@@ -124,7 +124,9 @@ class Capture:
             for array, leaf, dtype in zip(arrays, leaves, self._dtypes, strict=True)
         )
 
-    def _fit(self, paths: Paths, arrays: list[HostArray]) -> tuple[ArenaPool, Blueprint]:
+    def _fit(
+        self, paths: Paths, arrays: list[HostArray], device: str | None
+    ) -> tuple[ArenaPool, Blueprint]:
         """Returns arenas and a blueprint for these arrays, those in use if they fit."""
         if self._pool is not None and self._blueprint is not None and self._fits(paths, arrays):
             return self._pool, self._blueprint
@@ -144,7 +146,7 @@ class Capture:
             self._pool.close()
             self._pool = None  # before new ones are made: there may be no room for both
         pool = self._pool = self._pool or ArenaPool(plan)
-        self._blueprint = Blueprint.compile(plan, self._items)
+        self._blueprint = Blueprint.compile(plan, self._items, device)
         self._paths = paths
         self._dtypes = [array.dtype for array in arrays]
         return pool, self._blueprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -79,9 +80,11 @@ class Checkpointer:
         self._when_busy = when_busy
         store = LocalStore(_check_directory(directory))
         store.create()
+        # Before the lock file is made: a directory that is refused must stay as it was.
+        self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
         lock = DirectoryLock(store.root)
         try:
-            self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
+            self._protocol.read_markers()  # as they are now that nobody else can change them
             direct = _choose_direct(store, writer)
             self._writer = BackgroundWriter(store, self._protocol, direct=direct)
         except BaseException:
@@ -218,8 +221,7 @@ class Checkpointer:
         self._check_usable()
         self.drain()
         backup = restore_newest(self._store, self._protocol)
-        if backup is not None:
-            self._last_step = backup.step
+        self._last_step = -1 if backup is None else backup.step
         return backup
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -311,6 +313,7 @@ class Checkpointer:
                 stacklevel=1,
                 source=self,
             )
+            self._writer.close()  # the next user must not find a save still being written
             self._lock.release()
 
     def _check_usable(self) -> None:
@@ -347,7 +350,7 @@ def _check_directory(directory: str | os.PathLike[str]) -> str:
     if not directory:
         raise ValueError("Empty `directory` argument passed")
     path = os.fspath(directory)
-    if "://" in path:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", path):  # `Path` makes one slash of two
         raise BackupDirectoryError(
             f"{path}: expected a directory of a local file system; remote stores are not "
             "supported yet."
@@ -374,8 +377,8 @@ def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
 
 
 def _encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:
-    document = {"format": FORMAT_VERSION, "step": step, "metadata": dict(metadata or {})}
     try:
+        document = {"format": FORMAT_VERSION, "step": step, "metadata": dict(metadata or {})}
         return json.dumps(document, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as e:
         raise InvalidStateError(

@@ -43,6 +43,9 @@ __all__ = ("Blueprint", "CommitProtocol", "Problem")
 _logger = logging.getLogger("stepsave")
 
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+_CHANGING = (TRAINING_PATH, _CHECKPOINT_METADATA)
+"""The files that are written anew by each save, beside the shards."""
+
 Problem = CorruptBackupError | OSError
 """Why a marker cannot be read."""
 
@@ -64,14 +67,20 @@ class Blueprint:
     records: frozenset[FileRecord]
 
     @classmethod
-    def compile(cls, plan: LayoutPlan, items: Mapping[str, Mapping[str, str]]) -> Blueprint:
+    def compile(
+        cls,
+        plan: LayoutPlan,
+        items: Mapping[str, Mapping[str, str]],
+        device: str | None = None,
+    ) -> Blueprint:
         """Makes the constant files of a layout.
 
         Args:
             plan: The layout.
             items: Further checkpointables: dicts of strings by name.
+            device: As in `orbax.constant_files`.
         """
-        files = orbax.constant_files(plan)
+        files = orbax.constant_files(plan, device)
         for name, strings in items.items():
             files |= orbax.json_item(name, strings)
         records = frozenset(_record_file(path, data) for path, data in files.items())
@@ -92,27 +101,28 @@ class CommitProtocol:
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
         self._collected = False
         self._begin_ns = 0
-        refuse_foreign(store)
         self.committed: BackupRecord | None = None
         self.previous: BackupRecord | None = None
         self.problems: dict[str, Problem] = {}
         self.read_markers()
+        refuse_foreign(store, self._kept())
 
     def read_markers(self) -> None:
         """Takes from disk which backups are valid; what cannot be read is in `problems`."""
-        self.problems.clear()
-        self.committed = self._read_marker(COMMIT)
-        self.previous = self._read_marker(PREVIOUS)
+        found = {name: self._on_disk(name) for name in (COMMIT, PREVIOUS)}
+        self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
+        committed, previous = found.values()
+        self.committed = committed if isinstance(committed, BackupRecord) else None
+        self.previous = previous if isinstance(previous, BackupRecord) else None
 
-    def _read_marker(self, name: str) -> BackupRecord | None:
+    def _on_disk(self, name: str) -> BackupRecord | Problem | None:
         try:
             encoded = self._store.read(name, MARKER_LIMIT_BYTES)
             return decode_marker(encoded, str(self._store.path(name)))
         except FileNotFoundError:
             return None
         except (CorruptBackupError, OSError) as e:
-            self.problems[name] = e
-            return None
+            return e
 
     def fall_back(self) -> None:
         """Declares the newest backup unreadable: the previous one is the newest now.
@@ -138,7 +148,7 @@ class CommitProtocol:
         self._begin_ns = time.time_ns()
         if not self._collected:
             self._collect()
-        if not blueprint.records <= self._spare_of:
+        if blueprint.records != self._spare_of:
             if not self._spare_fits(blueprint):
                 self._remove_backup(SPARE)
                 self._make_spare(blueprint)
@@ -230,7 +240,7 @@ class CommitProtocol:
         if record is None:
             return
         self._store.rename(record.directory, SPARE)
-        self._spare_of = frozenset(record.files)
+        self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
 
     def _set_marker(self, name: str, record: BackupRecord | None) -> None:
         if record is not None:
@@ -246,19 +256,23 @@ class CommitProtocol:
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
         # so that at every instant one of the markers names a backup that can be read.
         for name, record in ((COMMIT, self.committed), (PREVIOUS, self.previous)):
-            if self._read_marker(name) != record or name in self.problems:
+            if self._on_disk(name) != record:
                 self._set_marker(name, record)
                 self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
             self._store.remove(name)
-        kept = {record.directory for record in (self.committed, self.previous) if record}
+        kept = self._kept()
         for name in self._store.list():
             if name.isdigit() and name not in kept:
                 _logger.debug("%s: taking in unreferenced backup %s", self._store.root, name)
-                self._remove_backup(SPARE)
+                self._remove_backup(SPARE)  # and forget what it held
                 # Renamed first: a half-removed directory must not look like a backup.
                 self._store.rename(name, SPARE)
         self._collected = True
+
+    def _kept(self) -> set[str]:
+        """Names of the directories that are valid backups."""
+        return {record.directory for record in (self.committed, self.previous) if record}
 
     def _make_spare(self, blueprint: Blueprint) -> None:
         self._store.make_directory(SPARE)
@@ -271,18 +285,21 @@ class CommitProtocol:
         self._store.sync_directory()
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
-        """Whether `spare` has these constant files and no shard beyond the plan's count."""
+        """Whether `spare` has these constant files, and none that no such backup has."""
         for path, data in blueprint.files.items():
             name = f"{SPARE}/{path}"
             if self._store.size_bytes(name) != len(data):
                 return False
             if self._store.read(name, len(data)) != data:
                 return False
-        shards = {str(number) for number in range(blueprint.plan.shard_count)}
-        return set(self._store.list(f"{SPARE}/{orbax.ARENA_PATH}/c")) <= shards
+        shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
+        expected = {*blueprint.files, *_CHANGING, *shards}
+        return set(self._store.walk(SPARE)) <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
+        if name == SPARE:
+            self._spare_of = frozenset()
         if not self._store.exists(name):
             return
         left = remove_known(self._store, name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from stepsave import orbax
 from stepsave.errors import BackupDirectoryError
 from stepsave.store.local import PROBE_NAME, TEMPORARY_SUFFIX, LocalStore
@@ -26,6 +29,9 @@ readers take for a step, nor Orbax's temporary suffix, which its managers delete
 TRAINING_PATH = "training.json"
 TEMPORARY_NAMES = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
 
+# A shard, or what a killed tensorstore leaves of one: a file that was not yet renamed.
+_SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
+_LOCK_LIMIT_BYTES = 1024
 _KNOWN_DIRECTORIES = {"model_config", "pytree"}
 _KNOWN_FILES = {
     "_CHECKPOINT_METADATA",
@@ -42,18 +48,18 @@ _KNOWN_FILES = {
 }
 
 
-def refuse_foreign(store: LocalStore) -> None:
+def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
     """Refuses a directory with anything in it that stepsave does not write there.
+
+    Args:
+        store: The directory. Nothing in it is changed.
+        committed: Names of the backups that markers vouch for.
 
     Raises:
         BackupDirectoryError: Naming what was found.
     """
     for name in store.list():
-        if name in (COMMIT, PREVIOUS, LOCK_NAME, *TEMPORARY_NAMES):
-            continue
-        if name.startswith(".nfs"):  # a file removed while open, on NFS
-            continue
-        if (name == SPARE or name.isdigit()) and _is_ours(store, name):
+        if name in committed or _is_ours(store, name):
             continue
         raise BackupDirectoryError(
             f"{store.root}: expected a directory of stepsave's own, found {name!r} in it. "
@@ -62,19 +68,25 @@ def refuse_foreign(store: LocalStore) -> None:
 
 
 def _is_ours(store: LocalStore, name: str) -> bool:
-    """Whether stepsave made a directory, complete or not.
+    """Whether stepsave made something, complete or not.
 
     Other tools name directories by digits and put Orbax's files in them; only `layout.json`
     tells a backup of ours. It is removed last, so one that was being removed when the
     process died has it too, or nothing at all. `spare` is nobody else's name, and may hold
     any part of a backup.
     """
+    if name in (COMMIT, PREVIOUS, *TEMPORARY_NAMES):
+        return True
+    if name == LOCK_NAME:
+        return re.fullmatch(rb"(pid \d+\n)?", store.read(name, _LOCK_LIMIT_BYTES)) is not None
+    if name.startswith(".nfs"):  # a file removed while open, on NFS
+        return True
     if not store.is_directory(name):
-        return False
+        return not store.exists(name)  # removed this moment, by the process that owns it
     found = store.list(name)
     if name == SPARE:
         return set(found) <= _KNOWN_FILES | _KNOWN_DIRECTORIES
-    return not found or orbax.LAYOUT_PATH in found
+    return name.isdecimal() and (not found or orbax.LAYOUT_PATH in found)
 
 
 def remove_known(store: LocalStore, directory: str) -> list[str]:
@@ -84,7 +96,7 @@ def remove_known(store: LocalStore, directory: str) -> list[str]:
         path = f"{directory}/{name}"
         if store.is_directory(path):
             left += remove_known(store, path)
-        elif name in _KNOWN_FILES or (name.isdecimal() and directory.endswith("/d/c")):
+        elif name in _KNOWN_FILES or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
             store.remove(path)
         else:
             left.append(path)

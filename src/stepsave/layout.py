@@ -187,6 +187,8 @@ def _decode(document: dict[str, Any]) -> LayoutPlan:
         _check_names(leaves)
     except InvalidStateError as e:
         raise _ImpossibleError(str(e)) from e
+    if shard_count > max(1, len(chunks)):
+        raise _ImpossibleError(f"{shard_count} shards for {len(chunks)} chunks.")
     _check_places(chunks, shard_bytes, shard_count)
     return LayoutPlan(tuple(leaves), tuple(chunk_shapes), tuple(chunks), shard_bytes, shard_count)
 
@@ -238,15 +240,21 @@ def _check_names(leaves: Sequence[LeafSpec]) -> None:
                 f"Leaves {other.path} and {leaf.path} would both be stored as {name!r}: "
                 "Orbax joins keys with '.'. Rename one of them."
             )
-        if not all(leaf.path):
+        if not all(leaf.path) or name.endswith("/"):
             raise InvalidStateError(
-                f"Leaf {leaf.path}: expected keys of at least one character, found an empty "
-                "one. Rename it."
+                f"Leaf {leaf.path}: expected keys that are not empty and a name that does not "
+                "end in '/'. Rename it."
             )
-        if len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
+        try:
+            name_bytes = len(name.encode())
+        except UnicodeEncodeError as e:
             raise InvalidStateError(
-                f"Leaf {name[:80]!r}…: its name has more than {MAX_NAME_BYTES} bytes in "
-                "UTF-8. Use shorter keys."
+                f"Leaf {leaf.path}: its name is not valid Unicode: {e.reason}. Rename it."
+            ) from e
+        if name_bytes > MAX_NAME_BYTES:
+            raise InvalidStateError(
+                f"Leaf {name[:80]!r}…: expected a name of at most {MAX_NAME_BYTES} bytes in "
+                f"UTF-8, found {name_bytes}. Use shorter keys."
             )
 
 
@@ -262,7 +270,8 @@ def _chunk_shape(leaf: LeafSpec) -> tuple[int, ...]:
     for axis, size in enumerate(leaf.shape):
         row_bytes //= size
         if row_bytes <= CHUNK_LIMIT_BYTES:
-            pieces = -(-size * row_bytes // CHUNK_LIMIT_BYTES)
+            most_rows = CHUNK_LIMIT_BYTES // row_bytes
+            pieces = -(-size // most_rows)
             rows = -(-size // pieces)
             return (1,) * axis + (rows, *leaf.shape[axis + 1 :])
     raise AssertionError("an element is larger than a chunk")

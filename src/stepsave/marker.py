@@ -73,7 +73,7 @@ def decode_marker(encoded: bytes, source: str) -> BackupRecord:
         )
     try:
         return _record_of(json.loads(body))
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {advice}") from e
 
 

@@ -61,6 +61,11 @@ class _Node:
     num_indirect_bytes: int
 
 
+# A database without keys has no node at all: readers refuse an empty one. tensorstore marks
+# a missing root by all ones (`IndirectDataReference::Missing` in its source).
+_NO_ROOT = _Node(b"", 2**64 - 1, 2**64 - 1, 0, 0, 0)
+
+
 def encode(entries: Iterable[tuple[bytes, bytes | Range]], nodes_path: str) -> IndexFiles:
     """Encodes a database of the given entries.
 
@@ -82,6 +87,8 @@ def encode(entries: Iterable[tuple[bytes, bytes | Range]], nodes_path: str) -> I
         if key == following:
             raise ValueError(f"Key {key!r} occurs twice in the index.")
 
+    if not ordered:
+        return IndexFiles(_encode_manifest(_NO_ROOT, 0, nodes_path, b""), b"")
     nodes = bytearray()
     level = [_append_leaf(nodes, run) for run in _split(ordered)]
     height = 0
@@ -95,7 +102,7 @@ def encode(entries: Iterable[tuple[bytes, bytes | Range]], nodes_path: str) -> I
 def _split(
     entries: Sequence[tuple[bytes, bytes | Range]],
 ) -> Iterable[Sequence[tuple[bytes, bytes | Range]]]:
-    """Cuts entries into runs that each fit one leaf; one empty run for no entries."""
+    """Cuts entries into runs that each fit one leaf."""
     start, size_bytes = 0, 0
     for i, (key, value) in enumerate(entries):
         entry_bytes = len(key) + (len(value) if isinstance(value, bytes) else 32)
@@ -139,7 +146,7 @@ def _append_leaf(out: bytearray, entries: Sequence[tuple[bytes, bytes | Range]])
     offset_bytes = len(out)
     out += encoded
     return _Node(
-        first_key=keys[0] if keys else b"",
+        first_key=keys[0],
         offset_bytes=offset_bytes,
         length_bytes=len(encoded),
         num_keys=len(entries),
@@ -228,7 +235,7 @@ def _encode_file_table(files: Sequence[str]) -> bytes:
     prefixes = [_shared(a, b) for a, b in itertools.pairwise(paths)]
     # With empty base paths the specification allows any common prefix, because every base
     # path equals the one before it.
-    suffixes = [path[n:] for path, n in zip(paths, [0, *prefixes], strict=True)]
+    suffixes = [path[n:] for path, n in zip(paths, [0, *prefixes], strict=False)]
     return b"".join(
         (
             _varint(len(paths)),
@@ -242,7 +249,7 @@ def _encode_file_table(files: Sequence[str]) -> bytes:
 
 def _encode_keys(keys: Sequence[bytes], *, subtree_prefixes: bool = False) -> bytes:
     prefixes = [_shared(a, b) for a, b in itertools.pairwise(keys)]
-    suffixes = [key[n:] for key, n in zip(keys, [0, *prefixes], strict=True)]
+    suffixes = [key[n:] for key, n in zip(keys, [0, *prefixes], strict=False)]
     return b"".join(
         (
             *map(_varint, prefixes),

@@ -10,6 +10,7 @@ for `zarr.json`, `stepsave.ocdbt` for the index.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,8 +46,15 @@ def shard_path(number: int) -> str:
     return f"{ARENA_PATH}/c/{number}"
 
 
-def constant_files(plan: LayoutPlan) -> dict[str, bytes]:
-    """Returns every file that depends on the layout only, by path in the backup."""
+def constant_files(plan: LayoutPlan, device: str | None = None) -> dict[str, bytes]:
+    """Returns every file that depends on the layout only, by path in the backup.
+
+    Args:
+        plan: The layout.
+        device: JAX's name of the device that the arrays come from, if they are JAX arrays.
+            Orbax looks there for an array that it is asked to restore as a JAX array without
+            being told where to, as Keras does under a JAX distribution.
+    """
     index = ocdbt.encode(_index_entries(plan), nodes_path=_in_database(INDEX_PATH))
     return {
         LAYOUT_PATH: encode_layout(plan),
@@ -54,7 +62,7 @@ def constant_files(plan: LayoutPlan) -> dict[str, bytes]:
         INDEX_PATH: index.nodes,
         f"{ARENA_PATH}/zarr.json": _dump(arena_metadata(plan.shard_bytes, plan.shard_count)),
         f"{_DATABASE}/_METADATA": _dump(_tree_metadata(plan)),
-        f"{_DATABASE}/_sharding": b"{}",
+        f"{_DATABASE}/_sharding": _dump(_shardings(plan, device)),
         f"{_DATABASE}/array_metadatas/process_0": _dump(_array_metadatas(plan)),
         f"{_DATABASE}/commit_success.txt": COMMIT_SUCCESS,
         "commit_success.txt": COMMIT_SUCCESS,
@@ -151,6 +159,13 @@ def _tree_metadata(plan: LayoutPlan) -> dict[str, Any]:
             },
         }
     return _metadata_of(tree)
+
+
+def _shardings(plan: LayoutPlan, device: str | None) -> dict[str, str]:
+    if device is None:
+        return {}
+    sharding = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": device})
+    return {base64.b64encode(leaf.name.encode()).decode(): sharding for leaf in plan.leaves}
 
 
 def _metadata_of(tree: dict[str, Any]) -> dict[str, Any]:

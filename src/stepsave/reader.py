@@ -61,15 +61,15 @@ def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None
             error = e
     if previous is None:
         if error is not None:
-            raise _as_corrupt(store, error) from error
+            raise _as_corrupt(store, error)
         return None
     try:
         backup = read_backup(store, previous)
     except Exception as e:
         if error is None:
-            raise _as_corrupt(store, e) from e
+            raise _as_corrupt(store, e) from None
         error.add_note(f"The backup before it cannot be read either: {e}")
-        raise _as_corrupt(store, error) from error
+        raise _as_corrupt(store, error) from e
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
     warnings.warn(
@@ -84,7 +84,9 @@ def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None
 def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
-    return CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
+    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def read_backup(store: LocalStore, record: BackupRecord) -> Backup:

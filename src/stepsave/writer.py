@@ -24,6 +24,7 @@ from stepsave import orbax
 from stepsave.arena import Arena
 from stepsave.capture import Snapshot
 from stepsave.commit import CommitProtocol
+from stepsave.errors import BackupDirectoryError
 from stepsave.handle import SaveHandle
 from stepsave.layout import CHECKSUM_BYTES
 from stepsave.spec import LayoutPlan
@@ -47,8 +48,16 @@ class BackgroundWriter:
         # All threads are started now: a limit on threads must show before training, and
         # not as a save that never runs.
         all_started = threading.Barrier(LANES)
-        for future in [self._executor.submit(all_started.wait) for _ in range(LANES)]:
-            future.result()
+        try:
+            for future in [self._executor.submit(all_started.wait) for _ in range(LANES)]:
+                future.result()
+        except RuntimeError as e:
+            all_started.abort()  # or the thread that did start would wait for ever
+            self._executor.shutdown()
+            raise BackupDirectoryError(
+                f"{store.root}: cannot start {LANES} writer threads: {e}. Raise the limit on "
+                "threads (ulimit -u)."
+            ) from e
         self._last: _Job | None = None
 
     def start(
@@ -151,8 +160,12 @@ class _Job:
             if self._error is not None:
                 raise self._error
             if self._write is None:
-                directory = self._writer.protocol.begin(self._blueprint)
-                self._write = self._writer.open_shards(directory, self._plan)
+                try:
+                    directory = self._writer.protocol.begin(self._blueprint)
+                    self._write = self._writer.open_shards(directory, self._plan)
+                except BaseException as e:
+                    self._error = e  # while others wait: they must not begin again
+                    raise
             return self._write
 
     def _next_shard(self) -> int | None:

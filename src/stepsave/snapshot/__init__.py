@@ -12,7 +12,7 @@ import numpy as np
 from stepsave.errors import InvalidStateError
 from stepsave.spec import DTYPES
 
-__all__ = ("HostArray", "dtype_name", "view_on_host")
+__all__ = ("HostArray", "device_name", "dtype_name", "view_on_host")
 
 HostArray = np.ndarray[Any, Any]
 Viewer = Callable[[Sequence[Any]], list[HostArray]]
@@ -57,6 +57,14 @@ def view_on_host(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> lis
         for i, view in zip(chosen, some, strict=True):
             views[i] = view
     return [view for view in views if view is not None]
+
+
+def device_name(leaves: Sequence[Any]) -> str | None:
+    """Returns JAX's name of the device that holds the first JAX array; None without one."""
+    for leaf in leaves:
+        if _backend_of(leaf) == "jax":
+            return importlib.import_module("stepsave.snapshot.jax").device_name(leaf)
+    return None
 
 
 def dtype_name(path: tuple[str, ...], array: HostArray) -> str:

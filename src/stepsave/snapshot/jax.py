@@ -11,7 +11,7 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 
-__all__ = ("view_on_host",)
+__all__ = ("device_name", "view_on_host")
 
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
@@ -36,6 +36,11 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
         if not _is_on_cpu(leaf):
             leaf.copy_to_host_async()
     return [np.asarray(leaf) for leaf in leaves]
+
+
+def device_name(leaf: Any) -> str:
+    """Returns the name of an array's device, the first one if there are several."""
+    return str(min(leaf.sharding.device_set, key=lambda device: device.id))
 
 
 def _is_on_cpu(leaf: jax.Array) -> bool:

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
@@ -19,7 +20,7 @@ __all__ = ("LocalStore",)
 
 TEMPORARY_SUFFIX = ".tmp"
 _BLOCK_BYTES = 4096
-PROBE_NAME = "probe.tmp"
+PROBE_NAME = ".stepsave-probe"
 
 
 class LocalStore:
@@ -33,7 +34,7 @@ class LocalStore:
         """Makes the directory with its parents, durably.
 
         Raises:
-            BackupDirectoryError: If it cannot be made, is a file, or is not writable.
+            BackupDirectoryError: If it cannot be made, or is a file.
         """
         try:
             missing: list[Path] = []
@@ -55,15 +56,6 @@ class LocalStore:
                 f"{self.root}: expected a directory, found a file. Choose another `backup_dir` "
                 "or move the file away."
             )
-        probe = self.root / PROBE_NAME
-        try:
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as e:
-            raise BackupDirectoryError(
-                f"{self.root}: cannot write to the backup directory: {e.strerror or e}. Make it "
-                "writable or choose another."
-            ) from e
 
     def path(self, path: str) -> Path:
         return self.root / path
@@ -78,8 +70,18 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
+    def walk(self, path: str) -> Iterator[str]:
+        """Yields the files below a directory, relative to it."""
+        top = self.root / path
+        for directory, _, names in os.walk(top):
+            yield from (os.path.relpath(os.path.join(directory, name), top) for name in names)
+
     def is_directory(self, path: str) -> bool:
-        return stat.S_ISDIR(os.lstat(self.root / path).st_mode)
+        """Whether a path is a directory, and no link to one."""
+        try:
+            return stat.S_ISDIR(os.lstat(self.root / path).st_mode)
+        except FileNotFoundError:
+            return False
 
     def read(self, path: str, limit_bytes: int) -> bytes:
         """Reads a regular file, refusing links and anything larger than the limit.
@@ -143,8 +145,14 @@ class LocalStore:
         _sync_path((self.root / path).parent)
 
     def make_directory(self, path: str) -> None:
-        """Makes a directory and its missing parents below the root; not synced."""
-        (self.root / path).mkdir(parents=True, exist_ok=True)
+        """Makes a directory and its missing parents below the root; not synced.
+
+        Not the root itself: if that is gone, so is its lock, and somebody removed it.
+        """
+        made = self.root
+        for part in path.split("/"):
+            made /= part
+            made.mkdir(exist_ok=True)
 
     def sync_directory(self, path: str = "") -> None:
         """Makes the entries of a directory durable."""

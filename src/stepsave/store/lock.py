@@ -52,8 +52,8 @@ class DirectoryLock:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as e:
             raise BackupDirectoryError(
-                f"{self._path}: cannot open the lock file: {e.strerror}. Make the backup "
-                "directory writable or choose another."
+                f"{self._directory}: cannot write to the backup directory: cannot open "
+                f"{LOCK_NAME} in it: {e.strerror}. Make it writable or choose another."
             ) from e
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,438 @@
+import contextlib
+import errno
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from crc32c import crc32c
+from engine_help import (
+    assert_is_state_of,
+    flip_bit,
+    read_marker,
+    restore_once,
+    save_once,
+    state_of,
+    tree_bytes,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stepsave
+from stepsave import checkpointer
+from stepsave.commit import COMMIT, PREVIOUS, SPARE, decode_marker, encode_marker
+from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
+from stepsave.spec import BackupRecord, FileRecord
+from stepsave.store.local import LocalStore
+
+sizes = st.integers(0, 2**63 - 1)
+checksums = st.integers(0, 2**32 - 1)
+names = st.from_regex(r"[a-z_.]+(/[a-z0-9_]+)*", fullmatch=True).filter(
+    lambda path: ".." not in path.split("/")
+)
+records = st.builds(
+    lambda step, **rest: BackupRecord(step=step, directory=str(step), **rest),
+    step=sizes,
+    nonce=st.text("0123456789abcdef", min_size=32, max_size=32),
+    files=st.lists(st.builds(FileRecord, names, sizes, checksums), max_size=5).map(tuple),
+    shard_bytes=sizes,
+    shard_digests=st.lists(checksums, max_size=5).map(tuple),
+)
+
+
+class LoggingStore(LocalStore):
+    """Tells every change it makes, in order."""
+
+    log: list[str] = []  # noqa: RUF012  shared on purpose: the engine makes the instance
+
+    def write(self, path, data):
+        super().write(path, data)
+        if not path.endswith(".tmp"):  # a part of `replace`
+            self.log.append(f"write {path}")
+
+    def write_direct(self, path, data):
+        super().write_direct(path, data)
+        self.log.append(f"write {path}")
+
+    def replace(self, path, data):
+        super().replace(path, data)
+        self.log.append(f"replace {path}")
+
+    def rename(self, source, target):
+        super().rename(source, target)
+        self.log.append(f"rename {source} {target}")
+
+    def remove(self, path):
+        super().remove(path)
+        self.log.append(f"remove {path}")
+
+    def sync_directory(self, path=""):
+        super().sync_directory(path)
+        self.log.append(f"sync {path}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    monkeypatch.setattr(checkpointer, "LocalStore", LoggingStore)
+    LoggingStore.log = []
+    return lambda: LoggingStore.log
+
+
+@given(records)
+def test_a_marker_survives_encoding(record):
+    assert decode_marker(encode_marker(record), "here") == record
+
+
+def test_a_marker_is_these_very_bytes():
+    record = BackupRecord(7, "7", "ab", (FileRecord("x/y", 3, 4),), 4096, (5, 6))
+    body = (
+        b'{"format":1,"step":7,"directory":"7","nonce":"ab","files":[["x/y",3,4]],'
+        b'"shard_bytes":4096,"shard_digests":[5,6]}'
+    )
+    line = f"stepsave-commit 1 {crc32c(body):08x} {len(body)}\n".encode()
+    assert encode_marker(record) == line + body
+
+
+def test_a_marker_from_the_future_is_told_from_a_corrupt_one():
+    record = BackupRecord(7, "7", "ab", (), 4096, ())
+    encoded = encode_marker(record).replace(b"stepsave-commit 1", b"stepsave-commit 2")
+    with pytest.raises(FormatVersionError, match=r"format 2.*reads format 1"):
+        decode_marker(encoded, "here")
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a\\b", "a\0b"])
+def test_a_marker_that_leads_outside_is_refused(path):
+    record = BackupRecord(7, "7", "ab", (FileRecord(path, 3, 4),), 4096, ())
+    with pytest.raises(CorruptBackupError, match="here: malformed"):
+        decode_marker(encode_marker(record), "here")
+
+
+@pytest.mark.parametrize(
+    "directory", ["..", "spare", "", "8", "07", "\N{ARABIC-INDIC DIGIT SEVEN}", "7/../8", "-7"]
+)
+def test_a_marker_that_names_another_directory_is_refused(directory):
+    record = BackupRecord(7, directory, "ab", (), 4096, ())
+    with pytest.raises(CorruptBackupError, match="here: malformed"):
+        decode_marker(encode_marker(record), "here")
+
+
+def test_a_save_seals_then_publishes_then_retires(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        for step in (1, 2, 3):
+            log().clear()
+            saver.save(step, state_of(step)).wait()
+    shards = [entry for entry in log() if "/d/c/" in entry]  # none, if tensorstore wrote them
+    assert [entry for entry in log() if entry not in shards] == [
+        "write spare/training.json",
+        "write spare/_CHECKPOINT_METADATA",
+        "sync spare",
+        "rename spare 3",
+        "replace COMMIT",
+        "rename 2 spare",
+    ]
+    assert log()[: len(shards)] == shards
+
+
+def test_with_double_checkpoint_the_one_before_is_published_before_the_oldest_goes(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            log().clear()
+            saver.save(step, state_of(step)).wait()
+    assert log()[-4:] == ["rename spare 3", "replace COMMIT", "replace PREVIOUS", "rename 1 spare"]
+    assert sorted(os.listdir(tmp_path)) == ["2", "3", COMMIT, "LOCK", PREVIOUS, SPARE]
+
+
+def test_the_shards_of_the_retired_backup_are_written_in_place(tmp_path):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        if saver.stats().writer != "direct":
+            pytest.skip("the file system of the temporary directory does not take O_DIRECT")
+        inodes = []
+        for step in range(1, 7):
+            saver.save(step, state_of(step)).wait()
+            inodes.append(os.stat(tmp_path / str(step) / "pytree/d/c/0").st_ino)
+    assert inodes[0::2] == inodes[:1] * 3
+    assert inodes[1::2] == inodes[1:2] * 3
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_the_directory_holds_one_backup_and_the_spare(tmp_path):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        for step in (3, 5, 9):
+            saver.save(step, state_of(step)).wait()
+    assert sorted(os.listdir(tmp_path)) == ["9", COMMIT, "LOCK", SPARE]
+
+
+@pytest.mark.parametrize("marker", [True, False])
+def test_what_a_crash_left_is_taken_in(tmp_path, marker):
+    save_once(tmp_path, state_of(1), step=1)
+    crashed = tmp_path / "crashed"
+    save_once(crashed, state_of(2), step=2)
+    os.rename(crashed / "2", tmp_path / "2")  # sealed, and not published
+    for name in ("COMMIT.tmp", "PREVIOUS.tmp"):
+        (tmp_path / name).write_bytes(b"torn")
+    for path in (crashed / "COMMIT", crashed / "LOCK"):
+        path.unlink()
+    crashed.rmdir()
+    if not marker:
+        (tmp_path / "COMMIT").unlink()
+    with stepsave.Checkpointer(tmp_path) as saver:
+        backup = saver.restore()
+        assert (backup.step if backup else None) == (1 if marker else None)
+        saver.save(3, state_of(3)).wait()
+    assert set(os.listdir(tmp_path)) - {SPARE} == {"3", COMMIT, "LOCK"}
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_switching_double_checkpoint_off_leaves_one_backup(tmp_path):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+    with stepsave.Checkpointer(tmp_path) as saver:
+        assert saver.restore().step == 2
+        saver.save(3, state_of(3)).wait()
+    assert sorted(os.listdir(tmp_path)) == ["3", COMMIT, "LOCK", SPARE]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+FOREIGN = {
+    "file": lambda d: (d / "notes.txt").write_text("precious"),
+    "hidden file": lambda d: (d / ".git").mkdir(),
+    "directory": lambda d: (d / "photos").mkdir(),
+    "directory named by a number": lambda d: (
+        (d / "2024").mkdir(),
+        (d / "2024" / "photo.jpg").write_text("precious"),
+    ),
+    "file named by a number": lambda d: (d / "120").write_text("precious"),
+    "file named spare": lambda d: (d / "spare").write_text("precious"),
+    "directory named spare": lambda d: (
+        (d / "spare").mkdir(),
+        (d / "spare" / "part.stl").write_text("precious"),
+    ),
+    "link to a directory": lambda d: (d / "7").symlink_to(d.parent),
+    "file named COMMIT": lambda d: (d / "COMMIT").write_text("precious"),
+    "file named LOCK": lambda d: (d / "LOCK").write_text("precious"),
+    "file named as the probe": lambda d: (d / "probe.tmp").write_text("precious"),
+    "text and a lock": lambda d: (
+        (d / "LOCK").write_text("precious"),
+        (d / "CURRENT").write_text("precious"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_nothing_foreign_is_ever_changed(tmp_path, kind):
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    FOREIGN[kind](directory)
+    before = tree_bytes(directory)
+    with pytest.raises(stepsave.StepsaveError) as caught:
+        save_once(directory, state_of(1))
+    assert str(directory) in str(caught.value)
+    after = tree_bytes(directory)
+    assert {name: after.get(name) for name in before} == before
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "directory named by a number"])
+def test_a_refused_directory_is_left_exactly_as_it_was(tmp_path, kind):
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    FOREIGN[kind](directory)
+    before = tree_bytes(directory)
+    with pytest.raises(BackupDirectoryError, match="Nothing was changed"):
+        stepsave.Checkpointer(directory)
+    assert tree_bytes(directory) == before
+
+
+def test_a_directory_of_foreign_orbax_checkpoints_is_refused(tmp_path):
+    """The files are named as Orbax v1 names them; Keras's own callback makes such."""
+    data = {
+        "120/_CHECKPOINT_METADATA": b"{}",
+        "120/commit_success.txt": b"",
+        "120/pytree/_METADATA": b"{}",
+        "120/pytree/_sharding": b"{}",
+        "120/pytree/commit_success.txt": b"",
+        "120/pytree/manifest.ocdbt": b"precious",
+        "120/pytree/array_metadatas/process_0": b"precious",
+        "120/pytree/d/4fdf15688d0a73fd9145e772b309ee99": b"precious",
+    }
+    for path, contents in data.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(contents)
+    before = tree_bytes(tmp_path)
+    with pytest.raises(BackupDirectoryError, match="120"):
+        save_once(tmp_path, state_of(1), step=200)
+    after = tree_bytes(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_deleting_removes_everything_of_ours_and_the_directory(tmp_path):
+    directory = tmp_path / "made" / "here"
+    with stepsave.Checkpointer(directory, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+        saver.close(delete_backup=True)
+    assert not directory.exists()
+    assert directory.parent.exists()
+
+
+@pytest.mark.parametrize("place", ["", "3", "spare", "3/pytree/d/c", "3/pytree/d", "2/model"])
+def test_deleting_keeps_a_foreign_file_put_inside(tmp_path, place):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "notes.txt").write_text("precious")
+        saver.close(delete_backup=True)
+    files = {name: data for name, data in tree_bytes(tmp_path).items() if data is not None}
+    assert files == {str(Path(place, "notes.txt")): b"precious"}
+
+
+def test_a_foreign_file_put_inside_survives_saves_and_changes_of_layout(tmp_path):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        saver.save(1, state_of(1)).wait()
+        (tmp_path / "1" / "notes.txt").write_text("precious")
+        for step in range(2, 6):
+            saver.save(step, state_of(step, leaves=step)).wait()
+    kept = [path for path in tmp_path.rglob("notes.txt") if path.read_text() == "precious"]
+    assert len(kept) == 1
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def fail_once(monkeypatch, operation, number=1):
+    """Lets the n-th call of a store operation fail, after doing its work."""
+    calls = []
+
+    class FailingStore(LocalStore):
+        pass
+
+    def fail(self, *args):
+        result = getattr(LocalStore, operation)(self, *args)
+        calls.append(args)
+        if len(calls) == number:
+            raise OSError(errno.EIO, "the disk said no")
+        return result
+
+    setattr(FailingStore, operation, fail)
+    monkeypatch.setattr(checkpointer, "LocalStore", FailingStore)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("operation", ["replace", "rename"])
+@pytest.mark.usefixtures("no_sync")
+def test_an_error_after_the_work_was_done_loses_nothing(
+    tmp_path, monkeypatch, operation, number, double
+):
+    fail_once(monkeypatch, operation, number)
+    acknowledged = []
+    for _ in range(3):
+        with stepsave.Checkpointer(tmp_path, double_checkpoint=double) as saver:
+            backup = saver.restore()
+            step = backup.step if backup else 0
+            assert step in acknowledged[-1:] or step >= max(acknowledged, default=0)
+            if backup:
+                assert_is_state_of(backup)
+            for later in range(step + 1, step + 4):
+                try:
+                    saver.save(later, state_of(later)).wait()
+                    acknowledged.append(later)
+                except stepsave.SaveFailedError:
+                    found = saver.restore()
+                    assert (found.step if found else 0) >= max(acknowledged, default=0)
+    assert restore_once(tmp_path).step == acknowledged[-1]
+    kept = {str(acknowledged[-1]), COMMIT, "LOCK", SPARE}
+    if double:
+        kept |= {str(acknowledged[-2]), PREVIOUS}
+    assert set(os.listdir(tmp_path)) == kept
+
+
+def spoil_newest(directory, path):
+    flip_bit(directory / read_marker(directory)["directory"] / path, 50)
+
+
+@pytest.mark.parametrize(
+    "path", ["layout.json", "pytree/d/index", "pytree/manifest.ocdbt", "pytree/d/c/0"]
+)
+def test_a_spoiled_backup_is_not_the_mould_of_the_next(tmp_path, path):
+    """The spare of a save after a fall-back is the spoiled backup: nothing of it may stay."""
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+        spoil_newest(tmp_path, path)
+        with pytest.warns(UserWarning, match="cannot be read"):
+            assert saver.restore().step == 2
+        for step in (3, 4, 5):
+            saver.save(step, state_of(step)).wait()
+            assert_is_state_of(saver.restore())
+        assert saver.committed.step == 5
+    assert_is_state_of(restore_once(tmp_path))
+
+
+class Died(BaseException):
+    """Not an `Exception`, as the end of a process is none."""
+
+
+@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("spoiled", ["data", "marker"])
+@pytest.mark.usefixtures("no_sync")
+def test_dying_at_any_operation_after_a_fall_back_loses_nothing(
+    tmp_path, monkeypatch, number, spoiled
+):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+    if spoiled == "data":
+        spoil_newest(tmp_path, "pytree/d/c/0")
+    else:
+        (tmp_path / COMMIT).write_bytes(b"")
+    calls, armed = [], []
+
+    class DyingStore(LocalStore):
+        def die(self):
+            calls.append(1)
+            if len(calls) > number and armed:
+                raise Died
+
+    for name in ("write", "replace", "rename", "remove", "write_direct", "make_directory"):
+
+        def operation(self, *args, name=name):
+            self.die()
+            return getattr(LocalStore, name)(self, *args)
+
+        setattr(DyingStore, name, operation)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer, "LocalStore", DyingStore)
+        saver = stepsave.Checkpointer(tmp_path, double_checkpoint=True)
+        with pytest.warns(UserWarning, match="cannot be read"):
+            assert saver.restore().step == 2
+        calls.clear()
+        armed.append(True)
+        with contextlib.suppress(stepsave.SaveFailedError):
+            saver.save(3, state_of(3)).wait()
+        saver.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the spoiled one may still be the newest
+        backup = restore_once(tmp_path, double_checkpoint=True)
+    assert backup.step in (2, 3)
+    assert_is_state_of(backup)
+
+
+def test_the_metadata_of_a_save_is_proved_with_its_weights(tmp_path):
+    save_once(tmp_path, state_of(4), step=4, metadata={"epoch": 2})
+    marker = read_marker(tmp_path)
+    proved = {path: (size, crc) for path, size, crc in marker["files"]}
+    on_disk = {
+        str(path.relative_to(tmp_path / "4")): path
+        for path in (tmp_path / "4").rglob("*")
+        if path.is_file()
+    }
+    shards = {path for path in on_disk if "/d/c/" in path}
+    assert set(proved) == set(on_disk) - shards
+    for path, (size, crc) in proved.items():
+        data = on_disk[path].read_bytes()
+        assert (size, crc) == (len(data), crc32c(data))
+    assert json.loads(on_disk["training.json"].read_text())["metadata"] == {"epoch": 2}
+    assert len(marker["shard_digests"]) == len(shards)
+    assert np.array_equal(restore_once(tmp_path).state["optimizer"]["step"], 4)

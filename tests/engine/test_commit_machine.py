@@ -1,0 +1,251 @@
+"""The commit protocol against a model: what is acknowledged is never lost, whatever dies when."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_help import assert_same_bits, flip_bit, read_marker
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import stepsave
+from stepsave import checkpointer, layout
+from stepsave.commit import COMMIT, PREVIOUS, SPARE, decode_marker
+from stepsave.reader import read_backup
+from stepsave.store.local import LocalStore
+
+CHANGES = (
+    "write",
+    "write_direct",
+    "replace",
+    "rename",
+    "remove",
+    "remove_empty_directory",
+    "make_directory",
+    "sync_directory",
+    "sync_tree",
+)
+
+
+class Died(BaseException):
+    """Not an `Exception`, as the end of a process is none."""
+
+
+class FaultyStore(LocalStore):
+    """Dies, or fails once, at the n-th change: before, after or in the middle of it."""
+
+    countdown = -1
+    when = "before"
+    dies = True
+    dead = False
+
+    @classmethod
+    def plan(cls, countdown=-1, when="before", dies=True):
+        cls.countdown, cls.when, cls.dies, cls.dead = countdown, when, dies, False
+
+
+def _faulty(name):
+    real = getattr(LocalStore, name)
+
+    def operation(self, *args):
+        cls = FaultyStore
+        if cls.dead:
+            raise Died
+        cls.countdown -= 1
+        if cls.countdown != 0:
+            return real(self, *args)
+        if cls.when == "after":
+            real(self, *args)
+        elif cls.when == "middle" and name == "write":
+            path, data = args
+            (self.root / path).write_bytes(data[: len(data) // 2])
+        elif cls.when == "middle" and name == "write_direct":
+            path, data = args
+            (self.root / path).write_bytes(data[:4096])
+        elif cls.when == "middle" and name == "replace":
+            path, data = args
+            (self.root / f"{path}.tmp").write_bytes(data)  # written, and not renamed
+        if cls.dies:
+            cls.dead = True
+            raise Died
+        raise OSError(errno.EIO, f"injected {cls.when} {name}")
+
+    return operation
+
+
+for _name in CHANGES:
+    setattr(FaultyStore, _name, _faulty(_name))
+
+
+def state_of(step, width):
+    arrays = {f"w{i}": np.full((700, 7), step * 10 + i, np.float32) for i in range(width)}
+    return {"weights": arrays, "empty": np.zeros((0, 3)), "step": np.int64(step)}
+
+
+class CommitMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(checkpointer, "LocalStore", FaultyStore)
+        self.patch.setattr(os, "fsync", lambda _: None)  # processes die here, not machines
+        self.patch.setattr(os, "fdatasync", lambda _: None)
+        self.patch.setattr(layout, "SHARD_TARGET_BYTES", 32 << 10)
+        self.patch.setattr(layout, "CHUNK_LIMIT_BYTES", 8 << 10)
+        self.directory = Path(tempfile.mkdtemp(prefix="stepsave-machine-"))
+        self.states = {}  # step -> the state that was saved under it last
+        self.acknowledged = 0  # the newest step that is durable for sure
+        self.possible = set()  # newer ones, which may be durable or not
+        self.last_step = 0
+        self.double = False
+        self.valid_limit = 1
+        self.saver = None
+        FaultyStore.plan()
+        self.open()
+
+    def open(self):
+        FaultyStore.plan()
+        if self.double:
+            self.valid_limit = 2  # until the next save that goes well without it
+        self.saver = stepsave.Checkpointer(self.directory, double_checkpoint=self.double)
+
+    def close(self):
+        with contextlib.suppress(stepsave.SaveFailedError):
+            self.saver.close()
+
+    def teardown(self):
+        self.close()
+        self.patch.undo()
+        shutil.rmtree(self.directory)
+
+    def restored(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            backup = self.saver.restore()
+        found = backup.step if backup else 0
+        assert found in {self.acknowledged, *self.possible}, "neither old nor new"
+        if backup:
+            assert_same_bits(backup.state, self.states[found])
+            assert backup.metadata == {"of": found}
+        self.acknowledged, self.possible = found, set()
+        self.last_step = found or self.last_step
+        return found
+
+    def save(self, width, step):
+        self.last_step = step
+        self.states[step] = state_of(step, width)
+        return self.saver.save(step, self.states[step], {"of": step})
+
+    def next_step(self):
+        taken = [self.last_step, self.acknowledged, *self.possible]
+        return max(taken) + 1
+
+    @rule(width=st.integers(1, 4), count=st.integers(1, 3))
+    def save_well(self, width, count):
+        FaultyStore.plan()
+        with contextlib.suppress(stepsave.SaveFailedError):
+            self.saver.wait()
+        for _ in range(count):
+            step = self.next_step()
+            self.save(width, step).wait()
+            self.acknowledged, self.possible = step, set()
+        kept = {record.directory for record in self.valid_records()}
+        assert str(self.acknowledged) in kept
+        markers = {COMMIT, PREVIOUS} if len(kept) == 2 else {COMMIT}
+        litter = set(os.listdir(self.directory)) - kept - markers - {"LOCK", SPARE}
+        assert not litter
+        assert len(kept) <= 1 + self.double
+        self.valid_limit = 1 + self.double
+
+    @rule(
+        width=st.integers(1, 4),
+        countdown=st.integers(1, 40),
+        when=st.sampled_from(["before", "middle", "after"]),
+        dies=st.booleans(),
+        reopens_double=st.booleans(),
+        restores=st.booleans(),
+    )
+    def save_with_a_fault(self, width, countdown, when, dies, reopens_double, restores):
+        FaultyStore.plan(countdown, when, dies)
+        step = self.next_step()
+        try:
+            try:
+                handle = self.save(width, step)
+            except stepsave.SaveFailedError:  # the news of the save before
+                handle = self.save(width, step)
+            handle.wait()
+            self.acknowledged, self.possible = step, set()
+        except stepsave.SaveFailedError:
+            self.possible.add(step)
+        if dies:
+            self.close()
+            self.double = reopens_double
+            self.open()
+        if restores or dies:
+            FaultyStore.plan()
+            self.restored()
+
+    @rule(double=st.booleans())
+    def reopen(self, double):
+        self.close()
+        self.double = double
+        self.open()
+        self.restored()
+
+    @rule()
+    def restore(self):
+        FaultyStore.plan()
+        self.restored()
+
+    @precondition(lambda self: len(self.valid_records()) == 2)
+    @rule(what=st.sampled_from(["shard", "layout", "index", "training", "empty marker", "gone"]))
+    def spoil_the_newest(self, what):
+        self.saver.drain()
+        newest = self.directory / str(read_marker(self.directory)["step"])
+        older = min(self.valid_records(), key=lambda record: record.step)
+        if what == "shard":
+            flip_bit(newest / "pytree/d/c/0", 50)
+        elif what == "layout":
+            flip_bit(newest / "layout.json", 50)
+        elif what == "index":
+            flip_bit(newest / "pytree/d/index", 50)
+        elif what == "training":
+            (newest / "training.json").unlink()
+        elif what == "gone":
+            (self.directory / COMMIT).unlink()
+        else:
+            (self.directory / COMMIT).write_bytes(b"")
+        self.acknowledged, self.possible = older.step, set()
+        self.restored()
+
+    def valid_records(self):
+        """The backups that a marker names and whose every byte is proved."""
+        store = LocalStore(self.directory)
+        found = {}
+        for name in (COMMIT, PREVIOUS):
+            with contextlib.suppress(OSError, stepsave.CorruptBackupError):
+                record = decode_marker((self.directory / name).read_bytes(), name)
+                backup = read_backup(store, record)
+                assert_same_bits(backup.state, self.states[record.step])
+                found[record.directory] = record
+        return list(found.values())
+
+    @invariant()
+    def what_is_valid_is_what_the_model_says(self):
+        steps = {record.step for record in self.valid_records()}
+        assert len(steps) <= self.valid_limit
+        if self.acknowledged:
+            assert steps, "no valid backup is left"
+            assert max(steps) in {self.acknowledged, *self.possible}
+
+
+CommitMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=12, deadline=None, database=None, print_blob=True
+)
+TestCommitMachine = CommitMachine.TestCase

@@ -1,0 +1,72 @@
+import inspect
+import pickle
+import re
+
+import pytest
+from engine_help import check_python
+
+import stepsave
+from stepsave import errors
+
+CLASSES = [value for value in vars(errors).values() if inspect.isclass(value)]
+
+
+def test_every_error_is_public_and_documented():
+    assert {cls.__name__ for cls in CLASSES} == set(errors.__all__)
+    for cls in CLASSES:
+        assert getattr(stepsave, cls.__name__) is cls
+        assert cls.__name__ in stepsave.__all__
+        assert cls.__doc__
+
+
+def test_the_tree_in_the_docstring_is_the_tree():
+    drawn = re.findall(r"── (\w+)\s+(?:\((\w+)\))?", errors.__doc__)
+    assert {name for name, _ in drawn} == set(errors.__all__) - {"StepsaveError"}
+    for name, builtin in drawn:
+        cls = getattr(errors, name)
+        assert issubclass(cls, errors.StepsaveError)
+        if builtin:
+            assert issubclass(cls, getattr(__import__("builtins"), builtin))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_survives_a_trip_between_processes(cls):
+    again = pickle.loads(pickle.dumps(cls("what happened")))
+    assert type(again) is cls
+    assert str(again) == "what happened"
+
+
+def test_the_engine_works_where_keras_cannot_be_imported(tmp_path):
+    check_python(
+        """
+import sys
+for name in ("keras", "jax", "torch", "tensorflow", "orbax"):
+    sys.modules[name] = None
+import numpy as np, stepsave
+with stepsave.Checkpointer(sys.argv[1]) as saver:
+    saver.save(1, {"a": np.arange(5)}).wait()
+    assert (saver.restore().state["a"] == np.arange(5)).all()
+try:
+    stepsave.BackupAndRestore
+except ImportError:
+    pass
+else:
+    raise AssertionError("the callback came without Keras")
+""",
+        tmp_path / "backup",
+    )
+
+
+def test_importing_stepsave_imports_no_backend_and_no_tensorstore():
+    check_python(
+        """
+import sys, stepsave
+heavy = {"keras", "jax", "torch", "tensorflow", "orbax", "tensorstore"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    )
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Chekpointer'"):
+        _ = stepsave.Chekpointer

@@ -1,0 +1,353 @@
+"""Faults of the machine around the engine, each in a child process that suffers it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_help import (
+    SMALL_SHARDS,
+    assert_is_state_of,
+    check_python,
+    in_own_mounts,
+    restore_once,
+    run_python,
+    save_once,
+    state_of,
+)
+
+import stepsave
+
+HEAD = (
+    SMALL_SHARDS
+    + """
+import os, sys, time
+import numpy as np, stepsave
+from engine_help import assert_is_state_of, restore_once, state_of
+directory = sys.argv[1]
+"""
+)
+
+FULL = (
+    HEAD
+    + """
+from pathlib import Path
+writer, double = sys.argv[2], sys.argv[3] == "True"
+SHAPE = (400, 250)  # 4.8 MB for twelve arrays
+with stepsave.Checkpointer(directory + "/b", writer=writer, double_checkpoint=double) as saver:
+    for step in (1, 2):
+        saver.save(step, state_of(step)).wait()
+    ballast = Path(directory, "ballast")
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as e:
+            assert e.errno == 28
+    handle = saver.save(3, state_of(3, shape=SHAPE))
+    try:
+        handle.wait()
+        raise AssertionError("a save on a full disk succeeded")
+    except stepsave.SaveFailedError as e:
+        assert "step 3" in str(e)
+    backup = saver.restore()
+    assert backup.step == 2
+    assert_is_state_of(backup)
+    saver.save(4, state_of(4, shape=SHAPE))
+    saver.drain()
+    try:
+        saver.save(5, state_of(5, shape=SHAPE))
+        raise AssertionError("the next save does not tell of the failure")
+    except stepsave.SaveFailedError as e:
+        assert "step 4" in str(e)
+    ballast.unlink()
+    saver.save(5, state_of(5, shape=SHAPE)).wait()
+    assert saver.restore().step == 5
+    assert_is_state_of(saver.restore())
+    assert saver.stats().failed == 2
+    print(saver.stats().writer)
+
+saver = stepsave.Checkpointer(directory + "/c", writer=writer)
+saver.save(1, state_of(1)).wait()
+with open(ballast, "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+saver.save(2, state_of(2, shape=SHAPE))
+try:
+    saver.close()
+    raise AssertionError("closing does not tell of the failure")
+except stepsave.SaveFailedError as e:
+    assert "step 2" in str(e)
+ballast.unlink()
+assert restore_once(directory + "/c").step == 1
+assert_is_state_of(restore_once(directory + "/c"))
+"""
+)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("writer", ["auto", "tensorstore"])
+def test_a_full_disk_fails_the_save_and_keeps_the_old_backup(tmp_path, writer, double):
+    prefix = in_own_mounts(f"mount -t tmpfs -o size=20m none {tmp_path}")
+    check_python(FULL, tmp_path, writer, double, prefix=prefix)
+
+
+@pytest.mark.parametrize("writer", ["auto", "tensorstore"])
+def test_a_limit_on_the_size_of_files_fails_the_save_and_keeps_the_old_backup(tmp_path, writer):
+    check_python(
+        """
+import resource, sys
+import numpy as np, stepsave
+from engine_help import assert_is_state_of, restore_once, state_of
+directory, writer = sys.argv[1:]
+with stepsave.Checkpointer(directory, writer=writer) as saver:
+    saver.save(1, state_of(1)).wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        saver.save(2, state_of(2, shape=(400, 250))).wait()
+        raise AssertionError("more was written than may be")
+    except stepsave.SaveFailedError as e:
+        print(e)
+    assert saver.restore().step == 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saver.save(2, state_of(2, shape=(400, 250))).wait()
+assert restore_once(directory).step == 2
+assert_is_state_of(restore_once(directory))
+""",
+        tmp_path / "backup",
+        writer,
+    )
+
+
+@pytest.mark.parametrize("kind", ["ramfs", "tmpfs"])
+def test_other_file_systems_get_the_writer_that_they_can_take(tmp_path, kind):
+    prefix = in_own_mounts(f"mount -t {kind} none {tmp_path}")
+    printed = check_python(
+        HEAD
+        + """
+with stepsave.Checkpointer(directory + "/b") as saver:
+    for step in range(1, 6):
+        saver.save(step, state_of(step))
+    assert saver.restore().step == 5
+    assert_is_state_of(saver.restore())
+    print(saver.stats().writer)
+assert_is_state_of(restore_once(directory + "/b"))
+if saver.stats().writer == "tensorstore":
+    try:
+        stepsave.Checkpointer(directory + "/b", writer="direct")
+        raise AssertionError
+    except stepsave.BackupDirectoryError as e:
+        assert directory + "/b" in str(e) and "O_DIRECT" in str(e)
+    restore_once(directory + "/b")  # the refusal left no lock
+""",
+        tmp_path,
+        prefix=prefix,
+    )
+    assert printed.split()[-1] in (
+        ["tensorstore"] if kind == "ramfs" else ["direct", "tensorstore"]
+    )
+
+
+def test_a_directory_that_becomes_read_only_fails_the_save(tmp_path):
+    prefix = in_own_mounts("true")
+    check_python(
+        HEAD
+        + """
+import subprocess
+saver = stepsave.Checkpointer(directory)
+saver.save(1, state_of(1)).wait()
+# A second mount on top, as the first is kept busy by the lock.
+subprocess.run(["mount", "--bind", directory, directory], check=True)
+subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+try:
+    saver.save(2, state_of(2)).wait()
+    raise AssertionError
+except stepsave.SaveFailedError as e:
+    assert "Read-only" in str(e)
+assert_is_state_of(saver.restore())
+try:
+    stepsave.Checkpointer(directory + "/new")
+    raise AssertionError
+except stepsave.BackupDirectoryError as e:
+    assert directory + "/new" in str(e)
+subprocess.run(["umount", directory], check=True)
+saver.save(2, state_of(2)).wait()
+saver.close()
+assert restore_once(directory).step == 2
+""",
+        tmp_path,
+        prefix=prefix,
+    )
+
+
+def test_a_directory_that_vanishes_fails_the_save_loudly(tmp_path):
+    directory = tmp_path / "backup"
+    with stepsave.Checkpointer(directory) as saver:
+        saver.save(1, state_of(1)).wait()
+        os.rename(directory, tmp_path / "moved")
+        with pytest.raises(stepsave.SaveFailedError):
+            saver.save(2, state_of(2)).wait()
+        os.rename(tmp_path / "moved", directory)
+    assert restore_once(directory).step == 1
+    assert_is_state_of(restore_once(directory))
+
+
+SAVE_ON = (
+    HEAD
+    + """
+saver = stepsave.Checkpointer(directory)
+saver.save(1, state_of(1)).wait()
+print("saved", flush=True)
+sys.stdin.read()
+"""
+)
+
+
+def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVE_ON, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    ) as first:
+        assert first.stdout.readline() == "saved\n"
+        with pytest.raises(stepsave.DirectoryBusyError, match=f"{tmp_path}.*pid {first.pid}"):
+            stepsave.Checkpointer(tmp_path)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert_is_state_of(restore_once(tmp_path))
+    save_once(tmp_path, state_of(2), step=2)
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_a_forked_child_is_refused_and_the_parent_unharmed(tmp_path):
+    check_python(
+        HEAD
+        + """
+with stepsave.Checkpointer(directory) as saver:
+    saver.save(1, state_of(1)).wait()
+    saver.save(2, state_of(2))  # in flight
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for use in (lambda: saver.save(3, state_of(3)), saver.restore,
+                    lambda: saver.prepare(state_of(3)), lambda: stepsave.Checkpointer(directory)):
+            try:
+                use()
+            except stepsave.DirectoryBusyError as e:
+                refused += directory in str(e)
+        saver.close()  # nothing of the child's to close
+        saver.close(delete_backup=True)
+        os._exit(0 if refused == 4 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    saver.save(3, state_of(3)).wait()
+    assert saver.restore().step == 3
+assert_is_state_of(restore_once(directory))
+""",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("writer", ["auto", "tensorstore"])
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise KeyError('boom')"])
+def test_a_save_in_flight_is_finished_when_the_interpreter_exits(tmp_path, ending, writer):
+    done = run_python(
+        HEAD
+        + f"""
+real = stepsave.checkpointer.LocalStore.write
+def write(self, path, data):
+    time.sleep(0.05)  # so that the save is still in flight at the end
+    real(self, path, data)
+stepsave.checkpointer.LocalStore.write = write
+saver = stepsave.Checkpointer(directory, writer={writer!r})
+saver.save(1, state_of(1))
+saver.save(2, state_of(2))
+assert saver.in_flight == 2
+{ending}
+""",
+        tmp_path / "backup",
+    )
+    assert done.returncode == {"p": 0, "s": 3, "r": 1}[ending[0]], done.stderr
+    assert ("boom" in done.stderr) == ending.startswith("raise")
+    assert "RuntimeError" not in done.stderr
+    backup = restore_once(tmp_path / "backup")
+    assert backup.step == 2
+    assert_is_state_of(backup)
+
+
+def test_a_limit_on_threads_is_an_error_at_the_start_and_not_a_hang(tmp_path):
+    done = run_python(
+        HEAD
+        + """
+import threading
+real, count = threading.Thread.start, [0]
+def start(self):
+    count[0] += 1
+    if count[0] == 2:
+        raise RuntimeError("can't start new thread")
+    real(self)
+threading.Thread.start = start
+try:
+    stepsave.Checkpointer(directory)
+except Exception as e:
+    print("refused", e)
+threading.Thread.start = real
+with stepsave.Checkpointer(directory) as saver:
+    saver.save(1, state_of(1)).wait()
+""",
+        tmp_path,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused" in done.stdout
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_a_full_disk_at_the_start_is_a_stepsave_error(tmp_path):
+    prefix = in_own_mounts(f"mount -t tmpfs -o size=1m none {tmp_path}")
+    check_python(
+        HEAD
+        + """
+os.mkdir(directory + "/b")
+with stepsave.Checkpointer(directory + "/b") as saver:
+    saver.save(1, {"a": np.zeros(3)}).wait()
+try:
+    with open(directory + "/ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+except OSError:
+    pass
+try:
+    backup = restore_once(directory + "/b")
+    assert backup.step == 1
+except stepsave.StepsaveError as e:
+    assert directory + "/b" in str(e)
+os.unlink(directory + "/ballast")
+assert restore_once(directory + "/b").step == 1
+""",
+        tmp_path,
+        prefix=prefix,
+    )
+
+
+def test_a_kill_of_the_tensorstore_writer_leaves_no_litter_for_ever(tmp_path):
+    """tensorstore writes under another name first; a kill leaves that file in the spare."""
+    with stepsave.Checkpointer(tmp_path, writer="tensorstore") as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+    (tmp_path / "spare/pytree/d/c/0_c86fdf7317293cc.__lock").write_bytes(bytes(100))
+    with stepsave.Checkpointer(tmp_path, writer="tensorstore") as saver:
+        for step in (3, 4):
+            saver.save(step, state_of(step)).wait()
+        assert list(tmp_path.rglob("*.__lock")) == []
+        assert_is_state_of(saver.restore())
+        saver.close(delete_backup=True)
+    assert not tmp_path.exists()

@@ -1,0 +1,221 @@
+"""Backups are read by stock Keras, Orbax and tensorstore, without stepsave."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+from keras_support import (
+    BACKEND,
+    X_INT,
+    Child,
+    assert_same_state,
+    fit,
+    restored,
+    rich_model,
+    state_of,
+    to_numpy,
+    variables_of,
+)
+
+import stepsave
+
+ocp = pytest.importorskip("orbax.checkpoint")
+ts = pytest.importorskip("tensorstore")
+
+# Orbax 0.12 and JAX 0.10 for each other: how PyTreeCheckpointer is to be called, and that
+# arrays saved without a JAX sharding are restored by it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:orbax"),
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:orbax"),
+]
+
+
+def adam():
+    return keras.optimizers.Adam(0.01, name="adam")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model, and the backup directory with its final state. Do not change either."""
+    keras.utils.set_random_seed(1)
+    backup_dir = tmp_path_factory.mktemp("stock") / "backup"
+    model = rich_model(adam(), names=True)
+    fit(model, stepsave.BackupAndRestore(backup_dir, 7, delete_checkpoint=False), x=X_INT)
+    return model, backup_dir
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield ".".join((*path, key)), np.asarray(value)
+
+
+def expected_leaves(model):
+    return {
+        f"{collection}.{variable.path.replace('/', '.')}": to_numpy(variable)
+        for collection, variable in variables_of(model)
+    }
+
+
+def assert_same_leaves(found, model):
+    found, expected = dict(found), expected_leaves(model)
+    assert sorted(found) == sorted(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def bits(weights):
+    return [(weight.dtype, weight.shape, weight.tobytes()) for weight in weights]
+
+
+def test_stock_keras_loads_the_weights(trained):
+    model, backup_dir = trained
+    keras.utils.set_random_seed(55)
+    other = rich_model(adam(), names=True)
+    assert bits(other.get_weights()) != bits(model.get_weights())
+    other.load_weights(backup_dir)
+    assert bits(other.get_weights()) == bits(model.get_weights())
+
+
+def test_stock_keras_rebuilds_the_whole_model(trained):
+    # Stock Keras matches names, and numbers random generators anew in this process. It
+    # names the variables of a rebuilt Sequential otherwise, so this model is a functional one.
+    model, backup_dir = trained
+    loaded = keras.saving.load_model(backup_dir)
+    found, expected = (
+        [entry for entry in state_of(model) if "seed_generator" not in entry[1]]
+        for model in (loaded, model)
+    )
+    assert_same_state(found, expected, metrics=False)
+    assert int(loaded.optimizer.iterations) == 7
+    np.testing.assert_equal(loaded.predict(X_INT, verbose=0), model.predict(X_INT, verbose=0))
+
+
+def test_orbax_v0_reads_it(trained):
+    model, backup_dir = trained
+    found = ocp.PyTreeCheckpointer().restore(f"{backup_dir}/7/pytree")
+    assert_same_leaves(leaves(found), model)
+
+
+def test_orbax_v1_reads_it(trained):
+    from orbax.checkpoint import v1
+
+    model, backup_dir = trained
+    found = v1.load_checkpointables(f"{backup_dir}/7")
+    assert_same_leaves(leaves(found["pytree"]), model)
+    assert json.loads(found["model_config"]["config"])["class_name"] == "Functional"
+
+
+def test_plain_tensorstore_reads_every_variable_by_name(trained):
+    model, backup_dir = trained
+    for name, array in expected_leaves(model).items():
+        database = {"driver": "ocdbt", "base": f"file://{backup_dir}/7/pytree/"}
+        spec = {"driver": "zarr3", "kvstore": database | {"path": f"{name}/"}}
+        found = ts.open(spec, open=True).result().read().result()
+        assert found.dtype == array.dtype, name
+        assert found.tobytes() == array.tobytes(), name
+
+
+def flip_bit(backup_dir, leaf):
+    layout = json.loads((backup_dir / "7" / "layout.json").read_text())
+    (chosen,) = [entry for entry in layout["leaves"] if ".".join(entry["path"]) == leaf]
+    number, offset = divmod(chosen["offsets"][0], layout["shard_bytes"])
+    with (backup_dir / "7" / "pytree" / "d" / "c" / str(number)).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+# A read that fails leaves Orbax's other reads to end after its event loop was closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_flipped_bit_in_any_variable_is_refused_by_stock_orbax(trained, tmp_path):
+    model, backup_dir = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(backup_dir, copy)
+    for name in expected_leaves(model):
+        flip_bit(copy, name)
+        with pytest.raises(Exception, match=r"(?i)digest mismatch|crc"):
+            ocp.PyTreeCheckpointer().restore(f"{copy}/7/pytree")
+        flip_bit(copy, name)  # back
+    assert_same_leaves(leaves(ocp.PyTreeCheckpointer().restore(f"{copy}/7/pytree")), model)
+
+
+def test_one_flipped_bit_in_any_variable_is_refused_by_stepsave(trained, tmp_path):
+    model, backup_dir = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(backup_dir, copy)
+    other = rich_model(adam(), names=True)
+    before = other.get_weights()
+    for name in expected_leaves(model):
+        flip_bit(copy, name)
+        with pytest.raises(stepsave.CorruptBackupError, match="CRC-32C"):
+            restored(other, copy)
+        flip_bit(copy, name)
+    np.testing.assert_equal(other.get_weights(), before)
+    assert_same_state(restored(other, copy).state, state_of(model))
+
+
+_FOUR_DEVICES = """
+import sys
+import jax
+from keras_support import *
+assert len(jax.devices()) == 4
+backup_dir = sys.argv[1]
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+
+def make():
+    inputs = keras.Input((3,))
+    x = keras.layers.Dense(8, name="first")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1, name="last")(x), name="split")
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9, name="sgd"), "mse")
+    return model
+
+model = make()
+interrupt = Interrupt(step=4)
+callback = stepsave.BackupAndRestore(backup_dir, 4, delete_checkpoint=False)
+fit_interrupted(model, callback, interrupt)
+leave(callback)
+assert len(model.layers[1].kernel.value.sharding.device_set) == 4
+
+keras.utils.set_random_seed(5)
+again = make()
+assert_same_state(restored(again, backup_dir).state, interrupt.state)
+assert len(again.layers[1].kernel.value.sharding.device_set) == 4
+
+for load in (lambda m: m.load_weights(backup_dir), lambda m: keras.saving.load_model(backup_dir)):
+    other = make()
+    other = load(other) or other
+    for a, b in zip(other.get_weights(), again.get_weights(), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+# The same backup with the kernels split over the devices, saved and restored again.
+mesh = keras.distribution.DeviceMesh((1, 4), ("batch", "model"), jax.devices())
+layout = keras.distribution.LayoutMap(mesh)
+layout["first/kernel"] = (None, "model")
+layout["last/kernel"] = ("model", None)
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"))
+split = make()
+assert_same_state(restored(split, backup_dir).state, interrupt.state)
+assert not split.layers[1].kernel.value.sharding.is_fully_replicated
+interrupt = Interrupt(step=6)
+callback = stepsave.BackupAndRestore(backup_dir, 10, delete_checkpoint=False)
+fit_interrupted(split, callback, interrupt, epochs=2)
+leave(callback)
+assert_same_state(restored(make(), backup_dir).state, interrupt.state)
+print("all equal")
+"""
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes over devices with JAX here")
+def test_a_model_on_four_devices_is_saved_and_read(backup_dir):
+    flags = "--xla_force_host_platform_device_count=4"
+    out, _ = Child(_FOUR_DEVICES, backup_dir, XLA_FLAGS=flags).wait()
+    assert "all equal" in out
