@@ -14,7 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,14 @@ from stepsave.store.local import LocalStore
 
 __all__ = ("BackgroundWriter",)
 
-LANES = 2
-"""One lane computes checksums while the other waits for the disk."""
+LANES = 3
+"""Two lanes keep the disk busy while one computes checksums."""
+
+PIECE_BYTES = 8 << 20
+"""How much of a shard is checked before it is written, while the next piece is checked."""
+
+ShardWriter = Callable[[int, np.ndarray[Any, Any], Iterator[int]], None]
+"""Writes shard `number` durably, from its bytes, the first so many of which are final."""
 
 
 class BackgroundWriter:
@@ -84,16 +90,23 @@ class BackgroundWriter:
         """Waits for all saves in flight and ends the threads."""
         self._executor.shutdown()
 
-    def open_shards(self, directory: str, plan: LayoutPlan) -> Callable[[int, Any], None]:
-        """Returns the function that writes one shard durably."""
+    def open_shards(self, directory: str, plan: LayoutPlan) -> ShardWriter:
+        """Returns the function that writes the shards of a plan into a directory."""
         if self._direct:
 
-            def write(number: int, data: np.ndarray[Any, Any]) -> None:
+            def write_direct(number: int, data: np.ndarray[Any, Any], final: Iterator[int]) -> None:
                 path = f"{directory}/{orbax.shard_path(number)}"
-                self._store.write_direct(path, data.data)
+                self._store.write_direct(path, data.data, final)
 
-            return write
-        return ShardArray(self._store, directory, plan).write
+            return write_direct
+        shards = ShardArray(self._store, directory, plan)
+
+        def write_whole(number: int, data: np.ndarray[Any, Any], final: Iterator[int]) -> None:
+            for _ in final:
+                pass
+            shards.write(number, data)
+
+        return write_whole
 
     @property
     def store(self) -> LocalStore:
@@ -128,7 +141,7 @@ class _Job:
         self._lanes_left = LANES
         self._shards = iter(range(self._plan.shard_count))
         self._digests = [0] * self._plan.shard_count
-        self._write: Callable[[int, Any], None] | None = None
+        self._write: ShardWriter | None = None
         self._error: BaseException | None = None
         self._ended = threading.Event()
 
@@ -141,8 +154,9 @@ class _Job:
                 self._before.wait()
             write = self._begin()
             while self._error is None and (number := self._next_shard()) is not None:
-                self._digests[number] = _seal_shard(self._plan, self._snapshot.arena, number)
-                write(number, self._snapshot.arena.shard(number))
+                arena = self._snapshot.arena
+                final = _seal_shard(self._plan, arena, number, self._digests)
+                write(number, arena.shard(number), final)
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             with self._guard:
                 self._error = self._error or e
@@ -155,7 +169,7 @@ class _Job:
     def wait(self) -> None:
         self._ended.wait()
 
-    def _begin(self) -> Callable[[int, Any], None]:
+    def _begin(self) -> ShardWriter:
         with self._guard:
             if self._error is not None:
                 raise self._error
@@ -197,13 +211,24 @@ class _Job:
             self._ended.set()
 
 
-def _seal_shard(plan: LayoutPlan, arena: Arena, number: int) -> int:
-    """Writes the checksum of each chunk of a shard behind it; returns the shard's digest."""
+def _seal_shard(plan: LayoutPlan, arena: Arena, number: int, digests: list[int]) -> Iterator[int]:
+    """Writes the checksum of each chunk of a shard behind it, and in the end its digest.
+
+    Yields:
+        From time to time, how many of the shard's bytes are final.
+    """
     memory = arena.bytes.data
+    start_bytes = number * plan.shard_bytes
+    yielded_bytes = 0
     checksums = bytearray()
     for chunk in plan.shard_chunks[number]:
         end = chunk.offset_bytes + chunk.stored_bytes
         checksum = crc32c(memory[chunk.offset_bytes : end]).to_bytes(CHECKSUM_BYTES, "little")
         memory[end : end + CHECKSUM_BYTES] = checksum
         checksums += checksum
-    return crc32c(bytes(checksums))
+        final_bytes = end + CHECKSUM_BYTES - start_bytes
+        if final_bytes - yielded_bytes >= PIECE_BYTES:
+            yielded_bytes = final_bytes
+            yield final_bytes
+    digests[number] = crc32c(bytes(checksums))
+    yield plan.shard_bytes

@@ -36,9 +36,9 @@ def gate(monkeypatch):
     for name in ("write_direct",):
         real_direct = getattr(LocalStore, name)
 
-        def write_direct(self, path, data, real_direct=real_direct):
+        def write_direct(self, path, data, final=None, real_direct=real_direct):
             assert opened.wait(30)
-            real_direct(self, path, data)
+            real_direct(self, path, data, final)
 
         monkeypatch.setattr(LocalStore, name, write_direct)
     yield opened

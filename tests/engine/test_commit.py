@@ -52,8 +52,8 @@ class LoggingStore(LocalStore):
         if not path.endswith(".tmp"):  # a part of `replace`
             self.log.append(f"write {path}")
 
-    def write_direct(self, path, data):
-        super().write_direct(path, data)
+    def write_direct(self, path, data, final=None):
+        super().write_direct(path, data, final)
         self.log.append(f"write {path}")
 
     def replace(self, path, data):

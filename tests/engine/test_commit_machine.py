@@ -67,7 +67,7 @@ def _faulty(name):
             path, data = args
             (self.root / path).write_bytes(data[: len(data) // 2])
         elif cls.when == "middle" and name == "write_direct":
-            path, data = args
+            path, data, *_ = args
             (self.root / path).write_bytes(data[:4096])
         elif cls.when == "middle" and name == "replace":
             path, data = args

@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
@@ -215,7 +215,7 @@ class LocalStore:
             self.remove(PROBE_NAME)
         return True
 
-    def write_direct(self, path: str, data: memoryview) -> None:
+    def write_direct(self, path: str, data: memoryview, final: Iterable[int] | None = None) -> None:
         """Writes a file with `O_DIRECT` and syncs it, in place if it has the right size.
 
         In place nothing is allocated, so the sync writes no metadata but the time.
@@ -223,6 +223,8 @@ class LocalStore:
         Args:
             path: The file. Created, or overwritten without truncation.
             data: Page-aligned memory of whole blocks.
+            final: Yields how many of the bytes are final, in the end all: they are written
+                while later ones are still being made. None if all are.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.root / path, flags, 0o666)
@@ -232,8 +234,10 @@ class LocalStore:
                 # Reserves the space, so that a full disk is found before bytes are written.
                 os.posix_fallocate(fd, 0, len(data))
             done = 0
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], done)
+            for final_bytes in final or (len(data),):
+                whole_blocks = final_bytes // _BLOCK_BYTES * _BLOCK_BYTES
+                while done < whole_blocks:
+                    done += os.pwrite(fd, data[done:whole_blocks], done)
             # Without it the drive's cache, and a new file's extents, can be lost.
             os.fdatasync(fd)
         finally:
