@@ -22,6 +22,7 @@ from bench import floors, machine
 
 RESULTS = Path(__file__).parent / "results"
 ARRAY_BYTES = 4_000_000
+FLOORS = {"stall": "memcpy", "background": "raw write", "durable": "raw write"}
 
 
 def states(size_bytes: int, frameworks: list[str]) -> dict[str, dict[str, Any]]:
@@ -60,7 +61,9 @@ def measure(size_bytes: int, rounds: int, frameworks: list[str], where: Path) ->
         handle = savers[name].save(step, all_states[name])
         handle.wait()
         samples.setdefault(f"{name} stall", []).append(handle.stall_s)
-        samples.setdefault(f"{name} durable", []).append(handle.durable_s or float("nan"))
+        durable_s = handle.durable_s or float("nan")
+        samples.setdefault(f"{name} durable", []).append(durable_s)
+        samples.setdefault(f"{name} background", []).append(durable_s - handle.stall_s)
 
     def floor(name: str, measure_s: Callable[[], float]) -> None:
         samples.setdefault(name, []).append(measure_s())
@@ -108,7 +111,7 @@ def summarize(samples: dict[str, list[float]]) -> dict[str, Any]:
     for name, values in steady.items():
         entry = _spread(values)
         kind = name.rpartition(" ")[2]
-        floor = {"stall": "memcpy", "durable": "raw write"}.get(kind)
+        floor = FLOORS.get(kind)
         if floor is not None:
             ratios = [a / b for a, b in zip(values, steady[floor], strict=True)]
             entry["floor"] = floor
@@ -145,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     target.write_text(json.dumps(result, indent=1) + "\n")
     for name, entry in result["summary"].items():
         ratio = f"   {entry['ratio']['median']:.2f} x {entry['floor']}" if "ratio" in entry else ""
-        print(f"{name:>16}: {entry['median'] * 1e3:7.1f} ms{ratio}")
+        print(f"{name:>17}: {entry['median'] * 1e3:7.1f} ms{ratio}")
 
 
 if __name__ == "__main__":

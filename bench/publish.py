@@ -37,24 +37,20 @@ def table(result: dict[str, Any]) -> str:
         "| | time | ratio to the floor |",
         "|---|---|---|",
         f"| floor: warm copy by two threads | {_ms(summary['memcpy'])} | |",
-        *(
-            f"| stall of a save, {NAMES[name]} arrays | {_ms(entry)} | {_ratio(entry)} |"
-            for name, entry in _of_kind(summary, "stall")
-        ),
+        *_rows(summary, "stall", "stall of a save"),
         f"| floor: `O_DIRECT` write and sync | {_ms(summary['raw write'])} | |",
-        *(
-            f"| time until durable, {NAMES[name]} arrays | {_ms(entry)} | {_ratio(entry)} |"
-            for name, entry in _of_kind(summary, "durable")
-        ),
+        *_rows(summary, "background", "from the snapshot to the commit"),
+        *_rows(summary, "durable", "time until durable, stall included"),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _of_kind(summary: dict[str, Any], kind: str) -> list[tuple[str, dict[str, Any]]]:
+def _rows(summary: dict[str, Any], kind: str, what: str) -> list[str]:
     return [
-        (name.removesuffix(f" {kind}"), entry)
-        for name, entry in summary.items()
-        if name.endswith(f" {kind}")
+        f"| {what}, {NAMES[name]} arrays | {_ms(summary[f'{name} {kind}'])} "
+        f"| {_ratio(summary[f'{name} {kind}'])} |"
+        for name in NAMES
+        if f"{name} {kind}" in summary
     ]
 
 
