@@ -1,0 +1,41 @@
+"""Every released format restores for ever, and version 1 is written as it was."""
+
+import shutil
+from pathlib import Path
+
+import golden_state
+import pytest
+from engine_help import assert_same_bits
+
+import stepsave
+from stepsave.commit import Blueprint
+from stepsave.layout import compile_layout
+from stepsave.snapshot import dtype_name
+from stepsave.spec import FORMAT_VERSION, LeafSpec
+from stepsave.tree import flatten
+
+GOLDEN = Path(__file__).parent / "golden"
+VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
+
+
+def test_there_is_a_golden_backup_of_each_format():
+    assert [f"v{n}" for n in range(1, FORMAT_VERSION + 1)] == VERSIONS
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_golden_backup_restores(version, tmp_path):
+    shutil.copytree(GOLDEN / version, tmp_path / "backup")
+    with stepsave.Checkpointer(tmp_path / "backup") as saver:
+        backup = saver.restore()
+    assert backup.step == golden_state.STEP
+    assert backup.metadata == golden_state.METADATA
+    assert_same_bits(backup.state, golden_state.state())
+
+
+def test_the_constant_files_of_this_version_are_byte_for_byte_those_of_the_golden_backup():
+    paths, arrays = flatten(golden_state.state())
+    leaves = [LeafSpec(p, a.shape, dtype_name(p, a)) for p, a in zip(paths, arrays, strict=True)]
+    files = Blueprint.compile(compile_layout(leaves), {}).files
+    directory = GOLDEN / f"v{FORMAT_VERSION}" / str(golden_state.STEP)
+    for path, data in files.items():
+        assert (directory / path).read_bytes() == data, path
