@@ -273,12 +273,14 @@ class Checkpointer:
         """
         if self._lock is None:
             return
-        lock, self._lock = self._lock, None
-        if not lock.is_held:  # in a forked child: the parent's to end
+        if not self._lock.is_held:  # in a forked child: the parent's to end
+            self._lock = None
             return
+        # Interrupted here, it is still open and locked: a save may still be being written.
+        self._writer.close()
+        self._capture.close()
+        lock, self._lock = self._lock, None
         try:
-            self._writer.close()
-            self._capture.close()
             delete_backup = delete_backup and not self._log.last_failed
             if delete_backup:
                 self._protocol.delete_all()
