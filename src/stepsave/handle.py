@@ -21,7 +21,8 @@ class SaveHandle:
     Attributes:
         step: The step that was passed to `save`.
         bytes: Bytes of state captured; 0 if skipped.
-        stall_s: How long the call of `save` took.
+        stall_s: How long the call of `save` took. If the arrays were still being computed (JAX
+            dispatches ahead), waiting for them is in it.
         skipped: True if nothing was saved, because both arenas were in use.
     """
 

@@ -189,7 +189,8 @@ class SaveStats:
         failed: Saves that failed in the background.
         skipped: Saves not begun because both arenas were in use (`when_busy="skip"`).
         state_bytes: Bytes of state captured, all saves together.
-        stall_total_s: Time callers spent inside `save`.
+        stall_total_s: Time callers spent inside `save`, waiting for arrays that were still
+            being computed included.
         stall_median_s: Median of the same per save; NaN before the first.
         stall_max_s: Longest single call.
         durable_median_s: Median time from the call of `save` until the commit; NaN
