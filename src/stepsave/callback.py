@@ -99,18 +99,21 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
         self._last_stats: SaveStats | None = None
         self._fit_thread = threading.get_ident()
-        self._in_epoch = False
-        # Position. The two named as in Keras's callback mean the same as there: epochs
+        self._ended_guard = threading.Lock()
+        self._reset_position()
+
+    def _reset_position(self) -> None:
+        # These two mean the same as in Keras's callback, whose tests read them: epochs
         # completed, and the index of the last batch in this epoch.
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._epoch = 0
+        self._in_epoch = False
         self._global_step = 0
         self._saved_step = 0
         self._batches_done = 0  # in this epoch, all before the batch in progress
         self._batch_begun = 0
         self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
-        self._ended_guard = threading.Lock()
         self._save_is_due = False
 
     # Keras's callback has these attributes, and its tests overwrite the files to see that
@@ -146,8 +149,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Restores the last committed backup, if there is one."""
         self._fit_thread = threading.get_ident()
-        self._in_epoch = self._save_is_due = False
-        self._current_epoch = self._last_batch_seen = self._global_step = self._saved_step = 0
+        self._reset_position()
         self._variables = None
         model = self._trained_model()
         saver = self._open()

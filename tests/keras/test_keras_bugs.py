@@ -56,6 +56,17 @@ def test_a_later_fit_of_the_model_does_not_skip_epochs(kind, has_bug, backup_dir
     assert model._initial_epoch == (2 if has_bug else None)
 
 
+@BOTH
+def test_a_fit_after_a_resume_that_was_interrupted_too_trains_all_its_epochs(
+    kind, has_bug, backup_dir
+):
+    model, callback = small_model(), kind(str(backup_dir))
+    fit_interrupted(model, callback, Interrupt(epoch_begin=2), epochs=9)
+    fit_interrupted(model, callback, Interrupt(epoch_begin=4), epochs=9)
+    assert fit(model, epochs=3).epoch == ([2] if has_bug else [0, 1, 2])
+    release(callback)
+
+
 def test_a_fit_with_no_epoch_left_does_not_leave_its_initial_epoch_either(backup_dir):
     fit(step_model(), stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False), epochs=2)
     model = step_model()
