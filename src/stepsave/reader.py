@@ -59,17 +59,19 @@ def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None
             return read_backup(store, newest)
         except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
             error = e
-    if previous is None:
+    backup = None
+    if previous is not None:
+        try:
+            backup = read_backup(store, previous)
+        except Exception as e:  # noqa: BLE001  as above
+            if error is None:
+                error = e
+            else:
+                error.add_note(f"The backup before it cannot be read either: {e}")
+    if backup is None:
         if error is not None:
             raise _as_corrupt(store, error)
         return None
-    try:
-        backup = read_backup(store, previous)
-    except Exception as e:
-        if error is None:
-            raise _as_corrupt(store, e) from None
-        error.add_note(f"The backup before it cannot be read either: {e}")
-        raise _as_corrupt(store, error) from e
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
     warnings.warn(
