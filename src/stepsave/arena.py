@@ -12,14 +12,15 @@ import mmap
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepsave.errors import ArenaMemoryError
-from stepsave.snapshot import HostArray
-from stepsave.spec import DTYPES, ChunkSpec, LayoutPlan
+from stepsave.filling import Filling, Run, Source, compile_runs, digest_shard
+from stepsave.spec import LayoutPlan
 
 __all__ = ("Arena", "ArenaPool", "copy_thread_count")
 
@@ -29,11 +30,6 @@ _HUGE_PAGE_BYTES = 2 << 20
 # Room for the few metrics that Keras on TensorFlow builds only in the first step: the
 # layout then grows by some bytes, and the arenas need not be made again.
 _SLACK_BYTES = 1 << 20
-# Below this a copy costs less than handing it to another thread.
-_SMALL_COPY_BYTES = 64 << 10
-# NumPy copies these dtypes with a plain loop over bytes; others go through slower code
-# that also holds the GIL, so extension types are copied as unsigned integers.
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def copy_thread_count() -> int:
@@ -53,15 +49,15 @@ class Arena:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Bytes = np.frombuffer(self._mapping, np.uint8)
         self._plan: LayoutPlan | None = None
-        self._tasks: list[tuple[HostArray, int, slice | None]] = []
-        self._groups: list[list[int]] = []
+        self._runs: list[Run] = []
+        self._runs_of: list[list[Run]] = []  # by shard
 
     def touch(self, part: int, parts: int) -> None:
         """Makes a share of the pages present, so that no snapshot pays for page faults."""
         share_bytes = -(-self.capacity_bytes // parts // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         self.bytes[part * share_bytes : (part + 1) * share_bytes : mmap.PAGESIZE] = 0
 
-    def bind(self, plan: LayoutPlan, threads: int) -> None:
+    def bind(self, plan: LayoutPlan) -> None:
         """Prepares the views through which a state of this plan is copied in."""
         if self._plan is plan:
             return
@@ -69,42 +65,15 @@ class Arena:
             # Gaps and chunk padding must be zeros, whatever another plan had there.
             self.bytes[:] = 0
         self._plan = plan
-        self._tasks = [self._task(plan, chunk) for chunk in plan.chunks]
-        self._groups = _group([chunk.data_bytes for chunk in plan.chunks], threads)
+        self._runs = compile_runs(plan, self.bytes)
+        self._runs_of = [[] for _ in range(plan.shard_count)]
+        for run in self._runs:
+            self._runs_of[run.shard].append(run)
 
-    def fill(
-        self, arrays: list[HostArray], helpers: concurrent.futures.ThreadPoolExecutor | None
-    ) -> None:
-        """Copies a state in; returns when all of it is there.
-
-        Args:
-            arrays: The leaves of the bound plan, in its order, with its shapes and dtypes.
-            helpers: Threads that copy beside the caller's.
-        """
-        sources = [_as_bits(array) for array in arrays]
-        flats: dict[int, Bytes] = {}
-        for _, leaf, part in self._tasks:
-            if part is not None and leaf not in flats:
-                flats[leaf] = np.ascontiguousarray(sources[leaf]).reshape(-1).view(np.uint8)
-
-        def copy(group: list[int]) -> None:
-            for i in group:
-                target, leaf, part = self._tasks[i]
-                np.copyto(target, sources[leaf] if part is None else flats[leaf][part])
-
-        mine, *others = self._groups
-        if helpers is None:
-            for group in self._groups:
-                copy(group)
-            return
-        futures = [helpers.submit(copy, group) for group in others]
-        try:
-            copy(mine)
-        finally:
-            # Also when interrupted: a helper must not write into an arena given back.
-            concurrent.futures.wait(futures)
-        for future in futures:
-            future.result()
+    def begin(self, source: Source) -> Filling:
+        """Begins to fill the arena with a state of the bound plan; `Filling.work` does it."""
+        assert self._plan is not None
+        return Filling(self._runs, self._plan, source)
 
     def shard(self, number: int) -> Bytes:
         """The bytes of one shard of the bound plan."""
@@ -112,16 +81,14 @@ class Arena:
         size_bytes = self._plan.shard_bytes
         return self.bytes[number * size_bytes : (number + 1) * size_bytes]
 
-    def _task(self, plan: LayoutPlan, chunk: ChunkSpec) -> tuple[HostArray, int, slice | None]:
-        """A chunk as (target view, leaf, part of the leaf's bytes or None for all)."""
-        leaf = plan.leaves[chunk.leaf]
-        start, size_bytes = chunk.offset_bytes, chunk.data_bytes
-        target = self.bytes[start : start + size_bytes]
-        if size_bytes == leaf.size_bytes:
-            bits = _bits_dtype(DTYPES[leaf.dtype])
-            return target.view(bits).reshape(leaf.shape), chunk.leaf, None
-        part = slice(chunk.source_bytes, chunk.source_bytes + size_bytes)
-        return target, chunk.leaf, part
+    def ranges(self, number: int, filling: Filling) -> Iterator[tuple[int, int]]:
+        """Yields what of a shard is to be written next, as `Filling.ranges` does."""
+        return filling.ranges(number, self._runs_of[number])
+
+    def digest(self, number: int) -> int:
+        """What `BackupRecord.shard_digests` describes, of a shard that is sealed."""
+        assert self._plan is not None
+        return digest_shard(self._plan, self.bytes, number)
 
 
 class ArenaPool:
@@ -136,7 +103,6 @@ class ArenaPool:
         capacity_bytes = -(-(plan.arena_bytes + _SLACK_BYTES) // _HUGE_PAGE_BYTES)
         capacity_bytes *= _HUGE_PAGE_BYTES
         self._threads = copy_thread_count()
-        self._plan = plan
         self._arenas = _allocate(capacity_bytes)
         self._free = list(self._arenas)
         self._changed = threading.Condition()
@@ -176,10 +142,32 @@ class ArenaPool:
                 self._changed.wait()
             return self._free.pop()
 
-    def fill(self, arena: Arena, plan: LayoutPlan, arrays: list[HostArray]) -> None:
-        """Copies a state of this plan into a leased arena."""
-        arena.bind(plan, self._threads)
-        arena.fill(arrays, self._helpers if self._threads > 1 else None)
+    def bind(self, plan: LayoutPlan) -> None:
+        """Prepares the free arenas for states of this plan, so that no save pays for it."""
+        self.wait_touched()
+        with self._changed:
+            for arena in self._free:
+                arena.bind(plan)
+
+    def fill(self, filling: Filling) -> None:
+        """Returns when a state is in its arena; the calling thread copies too."""
+        helpers = self._submit(filling, self._threads - 1)
+        try:
+            filling.work()
+            filling.wait()
+        except BaseException as e:
+            filling.fail(e)
+            raise
+        finally:
+            # Also when interrupted: a helper must not write into an arena given back.
+            concurrent.futures.wait(helpers)
+
+    def fill_later(self, filling: Filling) -> None:
+        """Has a state copied into its arena by background threads."""
+        self._submit(filling, self._threads)
+
+    def _submit(self, filling: Filling, threads: int) -> list[concurrent.futures.Future[None]]:
+        return [self._helpers.submit(filling.work) for _ in range(threads)]
 
     def release(self, arena: Arena) -> None:
         """Gives a leased arena back."""
@@ -236,28 +224,3 @@ def _available_bytes() -> int | None:
         if text.isdecimal():
             found.append(max(0, int(text) - int(used.read_text())))
     return min(found, default=None)
-
-
-def _group(sizes_bytes: list[int], threads: int) -> list[list[int]]:
-    """Deals copies out to threads; the first group is the caller's."""
-    groups: list[list[int]] = [[] for _ in range(threads)]
-    loads = [0] * threads
-    order = sorted(range(len(sizes_bytes)), key=lambda i: -sizes_bytes[i])
-    for i in order:
-        # Small copies are all Python overhead under the GIL: more threads only get in
-        # each other's way.
-        number = 0 if sizes_bytes[i] < _SMALL_COPY_BYTES else loads.index(min(loads))
-        groups[number].append(i)
-        loads[number] += sizes_bytes[i]
-    for group in groups:
-        group.sort()
-    return [groups[0], *(group for group in groups[1:] if group)]
-
-
-def _bits_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    is_native = dtype.isbuiltin == 1
-    return dtype if is_native else np.dtype(_BITS[dtype.itemsize])
-
-
-def _as_bits(array: HostArray) -> HostArray:
-    return array if array.dtype.isbuiltin == 1 else array.view(_bits_dtype(array.dtype))

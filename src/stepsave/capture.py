@@ -6,6 +6,7 @@ structure changes and compiles anew.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 
 from stepsave.arena import Arena, ArenaPool
 from stepsave.commit import Blueprint
+from stepsave.filling import Filling
 from stepsave.layout import compile_layout
 from stepsave.snapshot import HostArray, device_name, dtype_name, view_on_host
 from stepsave.spec import LeafSpec
@@ -28,16 +30,20 @@ Paths = Sequence[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A state in host memory, all of one step.
+    """A state in host memory, or on its way there, all of one step.
 
     Attributes:
         blueprint: The layout that it lies in the arena by.
         arena: The buffer, leased until `release` is called.
+        filling: How far it has come.
+        complete: Returns when the state may be changed.
         release: Gives the arena back.
     """
 
     blueprint: Blueprint
     arena: Arena
+    filling: Filling
+    complete: Callable[[], None]
     release: Callable[[], None]
 
 
@@ -56,6 +62,7 @@ class Capture:
         self._items: Mapping[str, Mapping[str, str]] = {}
         self._paths: Paths = ()
         self._dtypes: list[np.dtype[Any]] = []
+        self._split: list[int] = []  # leaves of several chunks
 
     @property
     def arena_count(self) -> int:
@@ -73,11 +80,11 @@ class Capture:
 
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
         """Compiles the layout and makes the arenas, all pages present."""
-        pool, _ = self._fit(paths, view_on_host(paths, leaves), device_name(leaves))
-        pool.wait_touched()
+        pool, blueprint = self._fit(paths, view_on_host(paths, leaves), device_name(leaves))
+        pool.bind(blueprint.plan)
 
-    def take(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
-        """Copies a state into a free arena.
+    def begin(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
+        """Begins a snapshot; `Snapshot.complete` copies the state.
 
         Args:
             paths: Where each leaf belongs. The same object again saves the comparison.
@@ -88,24 +95,24 @@ class Capture:
         arena = self._pool.acquire(block=block) if self._pool else None
         if self._pool is not None and arena is None:
             return None
-        pool = self._pool
+        pool, blueprint = self._pool, self._blueprint
         try:
             arrays = view_on_host(paths, leaves)
-            if pool is None or self._blueprint is None or not self._fits(paths, arrays):
+            if pool is None or blueprint is None or not self._fits(paths, arrays):
                 if pool is not None and arena is not None:
                     pool.release(arena)
                     arena = None
-                pool, _ = self._fit(paths, arrays, device_name(leaves))
+                pool, blueprint = self._fit(paths, arrays, device_name(leaves))
                 arena = pool.acquire(block=True)
-            assert pool is not None
             assert arena is not None
-            assert self._blueprint is not None
-            pool.fill(arena, self._blueprint.plan, arrays)
+            arena.bind(blueprint.plan)
+            for leaf in self._split:  # it is read once per chunk
+                arrays[leaf] = np.ascontiguousarray(arrays[leaf])
+            return _lease(blueprint, pool, arena, arrays)
         except BaseException:
             if pool is not None and arena is not None:
                 pool.release(arena)
             raise
-        return _lease(self._blueprint, pool, arena)
 
     def close(self) -> None:
         """Lets go of the arenas. No snapshot may be in use."""
@@ -149,8 +156,19 @@ class Capture:
         self._blueprint = Blueprint.compile(plan, self._items, device)
         self._paths = paths
         self._dtypes = [array.dtype for array in arrays]
+        chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
+        self._split = [leaf for leaf, count in chunks.items() if count > 1]
         return pool, self._blueprint
 
 
-def _lease(blueprint: Blueprint, pool: ArenaPool, arena: Arena) -> Snapshot:
-    return Snapshot(blueprint, arena, release=lambda: pool.release(arena))
+def _lease(
+    blueprint: Blueprint, pool: ArenaPool, arena: Arena, arrays: list[HostArray]
+) -> Snapshot:
+    filling = arena.begin(arrays.__getitem__)
+    return Snapshot(
+        blueprint,
+        arena,
+        filling,
+        complete=lambda: pool.fill(filling),
+        release=lambda: pool.release(arena),
+    )

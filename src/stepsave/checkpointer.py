@@ -195,12 +195,19 @@ class Checkpointer:
         self.raise_failed()
         step = self._check_step(step)
         training = _encode_training(step, metadata)
-        snapshot = self._capture.take(paths, leaves, block=self._when_busy == "wait")
+        snapshot = self._capture.begin(paths, leaves, block=self._when_busy == "wait")
         if snapshot is None:
             handle = SaveHandle(step, 0, skipped=True)
         else:
             handle = SaveHandle(step, snapshot.blueprint.plan.state_bytes)
-            self._writer.start(snapshot, handle, training, began_s)
+            try:
+                # The first bytes are on their way to disk while the last are still copied.
+                self._writer.start(snapshot, handle, training, began_s)
+                snapshot.complete()
+            except BaseException as e:
+                snapshot.filling.fail(e)
+                handle.wait_ended(None)  # the writer puts everything away
+                raise
             self._last_step = step
         handle.stall_s = time.perf_counter() - began_s
         self._log.add(handle)

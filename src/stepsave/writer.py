@@ -11,22 +11,17 @@ accepted but accepts nothing more; so a save in flight ends well even then.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
-from crc32c import crc32c
+from collections.abc import Callable
 
 from stepsave import orbax
-from stepsave.arena import Arena
 from stepsave.capture import Snapshot
 from stepsave.commit import CommitProtocol
 from stepsave.errors import BackupDirectoryError
 from stepsave.handle import SaveHandle
-from stepsave.layout import CHECKSUM_BYTES
 from stepsave.spec import LayoutPlan
 from stepsave.store.kvstore import ShardArray
 from stepsave.store.local import LocalStore
@@ -34,13 +29,10 @@ from stepsave.store.local import LocalStore
 __all__ = ("BackgroundWriter",)
 
 LANES = 3
-"""Two lanes keep the disk busy while one computes checksums."""
+"""One computes checksums while the disk works for another."""
 
-PIECE_BYTES = 8 << 20
-"""How much of a shard is checked before it is written, while the next piece is checked."""
-
-ShardWriter = Callable[[int, np.ndarray[Any, Any], Iterator[int]], None]
-"""Writes shard `number` durably, from its bytes, the first so many of which are final."""
+ShardWriter = Callable[[int, Snapshot], None]
+"""Writes shard `number` of a snapshot durably, as it is being filled, and seals it."""
 
 
 class BackgroundWriter:
@@ -84,7 +76,10 @@ class BackgroundWriter:
         job = _Job(self, snapshot, handle, training, began_s, self._last)
         self._last = job
         for _ in range(LANES):
-            self._executor.submit(job.run_lane)
+            try:
+                self._executor.submit(job.run_lane)
+            except RuntimeError as e:  # the interpreter is ending: no work is accepted
+                job.end_lane(e)
 
     def close(self) -> None:
         """Waits for all saves in flight and ends the threads."""
@@ -94,17 +89,21 @@ class BackgroundWriter:
         """Returns the function that writes the shards of a plan into a directory."""
         if self._direct:
 
-            def write_direct(number: int, data: np.ndarray[Any, Any], final: Iterator[int]) -> None:
-                path = f"{directory}/{orbax.shard_path(number)}"
-                self._store.write_direct(path, data.data, final)
+            def write_direct(number: int, snapshot: Snapshot) -> None:
+                arena = snapshot.arena
+                self._store.write_direct(
+                    f"{directory}/{orbax.shard_path(number)}",
+                    arena.shard(number).data,
+                    arena.ranges(number, snapshot.filling),
+                )
 
             return write_direct
         shards = ShardArray(self._store, directory, plan)
 
-        def write_whole(number: int, data: np.ndarray[Any, Any], final: Iterator[int]) -> None:
-            for _ in final:
-                pass
-            shards.write(number, data)
+        def write_whole(number: int, snapshot: Snapshot) -> None:
+            ranges = snapshot.arena.ranges(number, snapshot.filling)
+            collections.deque(ranges, maxlen=0)  # until all of it is there
+            shards.write(number, snapshot.arena.shard(number))
 
         return write_whole
 
@@ -154,13 +153,17 @@ class _Job:
                 self._before.wait()
             write = self._begin()
             while self._error is None and (number := self._next_shard()) is not None:
-                arena = self._snapshot.arena
-                final = _seal_shard(self._plan, arena, number, self._digests)
-                write(number, arena.shard(number), final)
+                write(number, self._snapshot)
+                self._digests[number] = self._snapshot.arena.digest(number)
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
-            with self._guard:
-                self._error = self._error or e
+            self.end_lane(e)
+        else:
+            self.end_lane(None)
+
+    def end_lane(self, error: BaseException | None) -> None:
+        """Takes note that a lane ended; the last one ends the save."""
         with self._guard:
+            self._error = self._error or error
             self._lanes_left -= 1
             is_last = self._lanes_left == 0
         if is_last:
@@ -209,26 +212,3 @@ class _Job:
             self._before = None  # or every save would keep all saves before it alive
             self._handle.end(durable_s, self._error)
             self._ended.set()
-
-
-def _seal_shard(plan: LayoutPlan, arena: Arena, number: int, digests: list[int]) -> Iterator[int]:
-    """Writes the checksum of each chunk of a shard behind it, and in the end its digest.
-
-    Yields:
-        From time to time, how many of the shard's bytes are final.
-    """
-    memory = arena.bytes.data
-    start_bytes = number * plan.shard_bytes
-    yielded_bytes = 0
-    checksums = bytearray()
-    for chunk in plan.shard_chunks[number]:
-        end = chunk.offset_bytes + chunk.stored_bytes
-        checksum = crc32c(memory[chunk.offset_bytes : end]).to_bytes(CHECKSUM_BYTES, "little")
-        memory[end : end + CHECKSUM_BYTES] = checksum
-        checksums += checksum
-        final_bytes = end + CHECKSUM_BYTES - start_bytes
-        if final_bytes - yielded_bytes >= PIECE_BYTES:
-            yielded_bytes = final_bytes
-            yield final_bytes
-    digests[number] = crc32c(bytes(checksums))
-    yield plan.shard_bytes

@@ -1,5 +1,7 @@
 """What several test files share: states, comparisons by bits, and ways to spoil a backup."""
 
+import collections
+import concurrent.futures
 import json
 import os
 import shutil
@@ -12,7 +14,10 @@ import pytest
 from crc32c import crc32c
 
 import stepsave
-from stepsave.spec import DTYPES
+from stepsave.arena import Arena
+from stepsave.layout import compile_layout
+from stepsave.snapshot import dtype_name
+from stepsave.spec import DTYPES, LeafSpec
 
 SMALL_SHARDS = """
 from stepsave import layout
@@ -160,3 +165,23 @@ def in_own_mounts(commands):
         if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0:
             return [*unshare, "sh", "-ec", f'{commands}\nexec "$@"', "sh"]
     pytest.skip("mounting needs `unshare -m`, which is not permitted here")
+
+
+def plan_of(arrays):
+    """The layout of a state `w0`, `w1`, …"""
+    specs = [LeafSpec((f"w{i}",), a.shape, dtype_name((), a)) for i, a in enumerate(arrays)]
+    return compile_layout(specs)
+
+
+def filled(arrays, arena=None, threads=1):
+    """Copies arrays into an arena as a save does, sealed; returns the plan and the arena."""
+    plan = plan_of(arrays)
+    arena = arena or Arena(-(-plan.arena_bytes // 4096) * 4096)
+    arena.bind(plan)
+    filling = arena.begin(list(arrays).__getitem__)
+    with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+        for future in [executor.submit(filling.work) for _ in range(threads)]:
+            future.result()
+    for number in range(plan.shard_count):
+        collections.deque(arena.ranges(number, filling), maxlen=0)
+    return plan, arena

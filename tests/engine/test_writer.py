@@ -74,8 +74,8 @@ def test_a_failed_shard_fails_the_save_and_the_next_one_starts_afresh(
         saver.save(2, state_of(2)).wait()
         real = LocalStore.write_direct
 
-        def fail(self, path, data, final=None):
-            real(self, path, data, final)
+        def fail(self, path, data, ranges=None):
+            real(self, path, data, ranges)
             if path.endswith("/1"):
                 raise OSError(5, "the sync failed")
 

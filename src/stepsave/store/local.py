@@ -215,7 +215,12 @@ class LocalStore:
             self.remove(PROBE_NAME)
         return True
 
-    def write_direct(self, path: str, data: memoryview, final: Iterable[int] | None = None) -> None:
+    def write_direct(
+        self,
+        path: str,
+        data: memoryview,
+        ranges: Iterable[tuple[int, int]] | None = None,
+    ) -> None:
         """Writes a file with `O_DIRECT` and syncs it, in place if it has the right size.
 
         In place nothing is allocated, so the sync writes no metadata but the time.
@@ -223,8 +228,8 @@ class LocalStore:
         Args:
             path: The file. Created, or overwritten without truncation.
             data: Page-aligned memory of whole blocks.
-            final: Yields how many of the bytes are final, in the end all: they are written
-                while later ones are still being made. None if all are.
+            ranges: Yields what to write next, from and to; widened to whole blocks. Together
+                all of the data, some of it perhaps twice. None if all of it is there.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.root / path, flags, 0o666)
@@ -233,11 +238,11 @@ class LocalStore:
                 os.ftruncate(fd, 0)
                 # Reserves the space, so that a full disk is found before bytes are written.
                 os.posix_fallocate(fd, 0, len(data))
-            done = 0
-            for final_bytes in final or (len(data),):
-                whole_blocks = final_bytes // _BLOCK_BYTES * _BLOCK_BYTES
-                while done < whole_blocks:
-                    done += os.pwrite(fd, data[done:whole_blocks], done)
+            for begin, end in ranges or ((0, len(data)),):
+                done = begin // _BLOCK_BYTES * _BLOCK_BYTES
+                end_block = -(-end // _BLOCK_BYTES) * _BLOCK_BYTES
+                while done < end_block:
+                    done += os.pwrite(fd, data[done:end_block], done)
             # Without it the drive's cache, and a new file's extents, can be lost.
             os.fdatasync(fd)
         finally:
