@@ -123,6 +123,11 @@ class ArenaPool:
     def capacity_bytes(self) -> int:
         return self._arenas[0].capacity_bytes
 
+    @property
+    def memories(self) -> list[Bytes]:
+        """The memory of all arenas."""
+        return [arena.bytes for arena in self._arenas]
+
     def wait_touched(self) -> None:
         """Returns when all pages are present."""
         while self._touching:
@@ -151,26 +156,26 @@ class ArenaPool:
 
     def fill(self, filling: Filling) -> None:
         """Returns when a state is in its arena; the calling thread copies too."""
-        helpers = self._submit(filling, self._threads - 1)
+        self._submit(filling, self._threads - 1)
         try:
             filling.work()
             filling.wait()
         except BaseException as e:
             filling.fail(e)
             raise
-        finally:
-            # Also when interrupted: a helper must not write into an arena given back.
-            concurrent.futures.wait(helpers)
 
     def fill_later(self, filling: Filling) -> None:
         """Has a state copied into its arena by background threads."""
         self._submit(filling, self._threads)
 
-    def _submit(self, filling: Filling, threads: int) -> list[concurrent.futures.Future[None]]:
-        return [self._helpers.submit(filling.work) for _ in range(threads)]
+    def _submit(self, filling: Filling, threads: int) -> None:
+        for _ in range(threads):
+            self._helpers.submit(filling.work)  # what it raises, all who wait for it raise
 
-    def release(self, arena: Arena) -> None:
-        """Gives a leased arena back."""
+    def release(self, arena: Arena, filling: Filling | None = None) -> None:
+        """Gives a leased arena back, when no thread fills it any more."""
+        if filling is not None:
+            filling.wait_ended()
         with self._changed:
             self._free.append(arena)
             self._changed.notify()

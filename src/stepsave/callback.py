@@ -15,10 +15,12 @@ from typing import Any
 import keras
 
 from stepsave import orbax
+from stepsave.arguments import check_choice, check_threads
 from stepsave.checkpointer import Checkpointer, WhenBusy
 from stepsave.errors import DirectoryBusyError
 from stepsave.inventory import COMMIT, PREVIOUS, TRAINING_PATH
 from stepsave.resume import TrainingPosition
+from stepsave.snapshot.staging import SnapshotMode
 from stepsave.spec import Backup, BackupRecord, SaveStats
 from stepsave.variables import ModelVariables, model_config, prepare_model, restore_variables
 
@@ -60,6 +62,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         *,
         double_checkpoint: bool = False,
         when_busy: WhenBusy = "wait",
+        snapshot: SnapshotMode = "auto",
+        writer_threads: int | None = None,
         verbose: int = 0,
     ) -> None:
         """Makes the callback; the directory is opened when `fit` begins.
@@ -73,6 +77,9 @@ class BackupAndRestore(keras.callbacks.Callback):
                 back to it if the newest cannot be read.
             when_busy: What a due save does while both host buffers are still in use:
                 `"wait"`, or `"skip"` it.
+            snapshot: Where the state is copied first: `"device"`, `"host"`, or `"auto"`, which
+                takes device memory where there is enough; see `Checkpointer`.
+            writer_threads: Background threads that write; None for a default.
             verbose: 1 prints a line per save and restore.
 
         Raises:
@@ -85,12 +92,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.save_freq = _check_save_freq(save_freq)
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
-        if when_busy not in ("wait", "skip"):
-            raise ValueError(
-                f"Invalid value for argument `when_busy`. Received: when_busy={when_busy!r}. "
-                "Expected 'wait' or 'skip'."
-            )
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("snapshot", snapshot, ("auto", "device", "host"))
         self.when_busy: WhenBusy = when_busy
+        self.snapshot: SnapshotMode = snapshot
+        self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
         self.verbose = verbose
         self._saver: Checkpointer | None = None
         self._close_at_exit: weakref.finalize[Any, Any] | None = None
@@ -321,7 +327,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         if other is not None:
             other.close()  # of a fit that was interrupted, or it would have closed it itself
         self._saver = saver = Checkpointer(
-            self.backup_dir, double_checkpoint=self.double_checkpoint, when_busy=self.when_busy
+            self.backup_dir,
+            double_checkpoint=self.double_checkpoint,
+            when_busy=self.when_busy,
+            snapshot=self.snapshot,
+            writer_threads=self.writer_threads,
         )
         # A callback is told nothing when `fit` raises; its saves are finished when it is
         # collected or the interpreter exits, and a failure is printed then.

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,15 @@ from stepsave.arena import Arena, ArenaPool
 from stepsave.commit import Blueprint
 from stepsave.filling import Filling
 from stepsave.layout import compile_layout
-from stepsave.snapshot import HostArray, device_name, dtype_name, view_on_host
+from stepsave.snapshot import (
+    ArrayForm,
+    HostArray,
+    device_name,
+    dtype_name,
+    unwrap,
+    view_on_host,
+)
+from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
 from stepsave.spec import LeafSpec
 
 __all__ = ("Capture", "Snapshot")
@@ -26,6 +34,7 @@ __all__ = ("Capture", "Snapshot")
 _logger = logging.getLogger("stepsave")
 
 Paths = Sequence[tuple[str, ...]]
+Views = Sequence[HostArray | ArrayForm]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,12 +59,17 @@ class Snapshot:
 class Capture:
     """Takes snapshots. Used by one thread; arenas may be released by another."""
 
-    def __init__(self, drain: Callable[[], None]) -> None:
+    def __init__(self, drain: Callable[[], None], mode: SnapshotMode = "auto") -> None:
         """Makes nothing yet: all sizes follow from the first state.
 
         Args:
             drain: Waits until no snapshot is in use, before arenas are made anew.
+            mode: Where snapshots are taken.
         """
+        self._mode: SnapshotMode = mode
+        self._stager: Stager | None = None
+        self._is_chosen = False
+        self._filling: Filling | None = None
         self._drain = drain
         self._pool: ArenaPool | None = None
         self._blueprint: Blueprint | None = None
@@ -80,11 +94,14 @@ class Capture:
 
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
         """Compiles the layout and makes the arenas, all pages present."""
-        pool, blueprint = self._fit(paths, view_on_host(paths, leaves), device_name(leaves))
+        arrays = self._view(paths, unwrap(leaves))
+        pool, blueprint = self._fit(paths, arrays, device_name(leaves))
         pool.bind(blueprint.plan)
+        if self._stager is not None:
+            self._stager.prepare(unwrap(leaves), pool.memories)
 
     def begin(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
-        """Begins a snapshot; `Snapshot.complete` copies the state.
+        """Begins a snapshot; `Snapshot.complete` makes it independent of the state.
 
         Args:
             paths: Where each leaf belongs. The same object again saves the comparison.
@@ -97,7 +114,8 @@ class Capture:
             return None
         pool, blueprint = self._pool, self._blueprint
         try:
-            arrays = view_on_host(paths, leaves)
+            leaves = unwrap(leaves)
+            arrays = self._view(paths, leaves)
             if pool is None or blueprint is None or not self._fits(paths, arrays):
                 if pool is not None and arena is not None:
                     pool.release(arena)
@@ -106,9 +124,7 @@ class Capture:
                 arena = pool.acquire(block=True)
             assert arena is not None
             arena.bind(blueprint.plan)
-            for leaf in self._split:  # it is read once per chunk
-                arrays[leaf] = np.ascontiguousarray(arrays[leaf])
-            return _lease(blueprint, pool, arena, arrays)
+            return self._lease(blueprint, pool, arena, self._source(leaves, arrays, arena))
         except BaseException:
             if pool is not None and arena is not None:
                 pool.release(arena)
@@ -116,11 +132,57 @@ class Capture:
 
     def close(self) -> None:
         """Lets go of the arenas. No snapshot may be in use."""
+        self._drop_pool()
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
+    def _drop_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
-            self._pool = None
+        if self._stager is not None:
+            self._stager.unpin()  # before the memory goes
+        self._pool = None
 
-    def _fits(self, paths: Paths, arrays: list[HostArray]) -> bool:
+    def _view(self, paths: Paths, leaves: Sequence[Any]) -> Views:
+        """The leaves on the host, or what they will be there if they are staged."""
+        if self._stager is not None and not self._stager.accepts(leaves):
+            self._drain()
+            self._stager.close()
+            self._stager, self._is_chosen = None, False
+        if not self._is_chosen:
+            self._stager = choose_stager(leaves, self._mode)
+            self._is_chosen = True
+        if self._stager is None:
+            return view_on_host(paths, leaves)
+        return self._stager.describe(paths, leaves)
+
+    def _source(self, leaves: Sequence[Any], arrays: Views, arena: Arena) -> Source:
+        assert self._blueprint is not None
+        if self._stager is None:
+            views = cast("list[HostArray]", arrays)
+            for leaf in self._split:  # it is read once per chunk
+                views[leaf] = np.ascontiguousarray(views[leaf])
+            return views.__getitem__
+        if self._filling is not None:
+            self._filling.wait_ended()  # there is one copy on the device
+        return self._stager.begin(leaves, self._blueprint.plan, arena.bytes)
+
+    def _lease(
+        self, blueprint: Blueprint, pool: ArenaPool, arena: Arena, source: Source
+    ) -> Snapshot:
+        filling = self._filling = arena.begin(source)
+        waits = self._stager is None or self._stager.blocks
+        complete = pool.fill if waits else pool.fill_later
+        return Snapshot(
+            blueprint,
+            arena,
+            filling,
+            complete=lambda: complete(filling),
+            release=lambda: pool.release(arena, filling),
+        )
+
+    def _fits(self, paths: Paths, arrays: Views) -> bool:
         if self._blueprint is None:
             return False
         if paths is not self._paths and list(paths) != list(self._paths):
@@ -131,9 +193,7 @@ class Capture:
             for array, leaf, dtype in zip(arrays, leaves, self._dtypes, strict=True)
         )
 
-    def _fit(
-        self, paths: Paths, arrays: list[HostArray], device: str | None
-    ) -> tuple[ArenaPool, Blueprint]:
+    def _fit(self, paths: Paths, arrays: Views, device: str | None) -> tuple[ArenaPool, Blueprint]:
         """Returns arenas and a blueprint for these arrays, those in use if they fit."""
         if self._pool is not None and self._blueprint is not None and self._fits(paths, arrays):
             return self._pool, self._blueprint
@@ -150,8 +210,7 @@ class Capture:
             )
         if self._pool is not None and self._pool.capacity_bytes < plan.arena_bytes:
             self._drain()
-            self._pool.close()
-            self._pool = None  # before new ones are made: there may be no room for both
+            self._drop_pool()  # before new ones are made: there may be no room for both
         pool = self._pool = self._pool or ArenaPool(plan)
         self._blueprint = Blueprint.compile(plan, self._items, device)
         self._paths = paths
@@ -159,16 +218,3 @@ class Capture:
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
         self._split = [leaf for leaf, count in chunks.items() if count > 1]
         return pool, self._blueprint
-
-
-def _lease(
-    blueprint: Blueprint, pool: ArenaPool, arena: Arena, arrays: list[HostArray]
-) -> Snapshot:
-    filling = arena.begin(arrays.__getitem__)
-    return Snapshot(
-        blueprint,
-        arena,
-        filling,
-        complete=lambda: pool.fill(filling),
-        release=lambda: pool.release(arena),
-    )

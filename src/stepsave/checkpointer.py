@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
-import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from stepsave.arguments import (
+    check_choice,
+    check_directory,
+    check_threads,
+    encode_training,
+)
 from stepsave.capture import Capture
 from stepsave.commit import CommitProtocol
 from stepsave.errors import (
     BackupDirectoryError,
     CheckpointerClosedError,
     DirectoryBusyError,
-    InvalidStateError,
     StepsaveError,
 )
 from stepsave.handle import SaveHandle, SaveLog
 from stepsave.reader import restore_newest
-from stepsave.spec import FORMAT_VERSION, Backup, BackupRecord, SaveStats
+from stepsave.snapshot.staging import SnapshotMode
+from stepsave.spec import Backup, BackupRecord, SaveStats
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import DirectoryLock
 from stepsave.tree import flatten
-from stepsave.writer import BackgroundWriter
+from stepsave.writer import DEFAULT_LANES, BackgroundWriter
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
@@ -57,6 +61,8 @@ class Checkpointer:
         double_checkpoint: bool = False,
         when_busy: WhenBusy = "wait",
         writer: WriterKind = "auto",
+        writer_threads: int | None = None,
+        snapshot: SnapshotMode = "auto",
     ) -> None:
         """Opens a directory, making it if needed, and locks it against other processes.
 
@@ -68,6 +74,12 @@ class Checkpointer:
                 for one, or `"skip"` this save and count it.
             writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file
                 system; `"auto"` takes the first where the file system supports it.
+            writer_threads: Background threads that write; None for a number that keeps a
+                local disk busy.
+            snapshot: `"device"` copies the state within device memory and brings it to the
+                host while training goes on; `"host"` brings it to the host first; `"auto"`
+                takes the first on accelerators with that much memory to spare, as measured
+                at the first save.
 
         Raises:
             ValueError: If an argument is invalid.
@@ -75,10 +87,12 @@ class Checkpointer:
             DirectoryBusyError: If it is in use.
         """
         self._lock: DirectoryLock | None = None  # for __del__, should anything below raise
-        _check_choice("when_busy", when_busy, ("wait", "skip"))
-        _check_choice("writer", writer, ("auto", "direct", "tensorstore"))
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("writer", writer, ("auto", "direct", "tensorstore"))
+        check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        lanes = DEFAULT_LANES if writer_threads is None else check_threads(writer_threads)
         self._when_busy = when_busy
-        store = LocalStore(_check_directory(directory))
+        store = LocalStore(check_directory(directory))
         store.create()
         # Before the lock file is made: a directory that is refused must stay as it was.
         self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
@@ -86,7 +100,7 @@ class Checkpointer:
         try:
             self._protocol.read_markers()  # as they are now that nobody else can change them
             direct = _choose_direct(store, writer)
-            self._writer = BackgroundWriter(store, self._protocol, direct=direct)
+            self._writer = BackgroundWriter(store, self._protocol, direct=direct, lanes=lanes)
         except BaseException:
             lock.release()
             raise
@@ -94,7 +108,7 @@ class Checkpointer:
         self._store = store
         self._writer_name = "direct" if direct else "tensorstore"
         self._log = SaveLog()
-        self._capture = Capture(drain=self._log.drain)
+        self._capture = Capture(drain=self._log.drain, mode=snapshot)
         self._last_step = self._protocol.committed.step if self._protocol.committed else -1
 
     @property
@@ -194,7 +208,7 @@ class Checkpointer:
         self._check_usable()
         self.raise_failed()
         step = self._check_step(step)
-        training = _encode_training(step, metadata)
+        training = encode_training(step, metadata)
         snapshot = self._capture.begin(paths, leaves, block=self._when_busy == "wait")
         if snapshot is None:
             handle = SaveHandle(step, 0, skipped=True)
@@ -347,26 +361,6 @@ class Checkpointer:
         return step
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        expected = " or ".join(map(repr, choices))
-        raise ValueError(
-            f"Invalid value for argument `{name}`. Received: {name}={value!r}. Expected {expected}."
-        )
-
-
-def _check_directory(directory: str | os.PathLike[str]) -> str:
-    if not directory:
-        raise ValueError("Empty `directory` argument passed")
-    path = os.fspath(directory)
-    if re.match(r"[a-z][a-z0-9+.-]+:/", path):  # `Path` makes one slash of two
-        raise BackupDirectoryError(
-            f"{path}: expected a directory of a local file system; remote stores are not "
-            "supported yet."
-        )
-    return path
-
-
 def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
     if writer == "tensorstore":
         return False
@@ -383,14 +377,3 @@ def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
             "writer='auto' or 'tensorstore'."
         )
     return works
-
-
-def _encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:
-    try:
-        document = {"format": FORMAT_VERSION, "step": step, "metadata": dict(metadata or {})}
-        return json.dumps(document, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as e:
-        raise InvalidStateError(
-            f"Invalid value for argument `metadata`. Expected what JSON can hold (strings, "
-            f"finite numbers, booleans, None, lists, dicts), found: {e}."
-        ) from e

@@ -158,6 +158,7 @@ class Filling:
         self._final_bytes = [0] * plan.shard_count
         self._told_bytes = [0] * plan.shard_count
         self._error: BaseException | None = None
+        self._workers = 0
         for shard, chunks in enumerate(plan.shard_chunks):
             if not chunks:
                 self._final_bytes[shard] = plan.shard_bytes
@@ -168,9 +169,11 @@ class Filling:
         Raises:
             BaseException: What went wrong in this thread; the others then stop too.
         """
-        source = self._source
-        if source is None:
-            return  # the others were faster
+        with self._changed:
+            source = self._source
+            if source is None:
+                return  # the others were faster, or the state was given up
+            self._workers += 1
         try:
             # A claim is one call into C, so no two threads get the same number.
             while self._error is None and (number := next(self._claims)) < len(self._runs):
@@ -179,6 +182,10 @@ class Filling:
         except BaseException as e:
             self.fail(e)
             raise
+        finally:
+            with self._changed:
+                self._workers -= 1
+                self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Gives the state up: nobody will fill what is not filled yet."""
@@ -196,6 +203,12 @@ class Filling:
         with self._changed:
             while self._first_open < len(self._runs):
                 self._check()
+                self._changed.wait()
+
+    def wait_ended(self) -> None:
+        """Returns when no thread copies any more: all is in the arena, or given up."""
+        with self._changed:
+            while self._workers or (self._first_open < len(self._runs) and self._error is None):
                 self._changed.wait()
 
     def final(self, shard: int) -> Iterator[int]:

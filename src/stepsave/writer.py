@@ -26,9 +26,9 @@ from stepsave.spec import LayoutPlan
 from stepsave.store.kvstore import ShardArray
 from stepsave.store.local import LocalStore
 
-__all__ = ("BackgroundWriter",)
+__all__ = ("DEFAULT_LANES", "BackgroundWriter")
 
-LANES = 3
+DEFAULT_LANES = 3
 """One computes checksums while the disk works for another."""
 
 ShardWriter = Callable[[int, Snapshot], None]
@@ -38,22 +38,25 @@ ShardWriter = Callable[[int, Snapshot], None]
 class BackgroundWriter:
     """The threads of one checkpointer, and how they write."""
 
-    def __init__(self, store: LocalStore, protocol: CommitProtocol, *, direct: bool) -> None:
+    def __init__(
+        self, store: LocalStore, protocol: CommitProtocol, *, direct: bool, lanes: int
+    ) -> None:
+        self._lanes = lanes
         self._store = store
         self._protocol = protocol
         self._direct = direct
-        self._executor = concurrent.futures.ThreadPoolExecutor(LANES, "stepsave-write")
+        self._executor = concurrent.futures.ThreadPoolExecutor(lanes, "stepsave-write")
         # All threads are started now: a limit on threads must show before training, and
         # not as a save that never runs.
-        all_started = threading.Barrier(LANES)
+        all_started = threading.Barrier(lanes)
         try:
-            for future in [self._executor.submit(all_started.wait) for _ in range(LANES)]:
+            for future in [self._executor.submit(all_started.wait) for _ in range(lanes)]:
                 future.result()
         except RuntimeError as e:
             all_started.abort()  # or the thread that did start would wait for ever
             self._executor.shutdown()
             raise BackupDirectoryError(
-                f"{store.root}: cannot start {LANES} writer threads: {e}. Raise the limit on "
+                f"{store.root}: cannot start {lanes} writer threads: {e}. Raise the limit on "
                 "threads (ulimit -u)."
             ) from e
         self._last: _Job | None = None
@@ -75,7 +78,7 @@ class BackgroundWriter:
         """
         job = _Job(self, snapshot, handle, training, began_s, self._last)
         self._last = job
-        for _ in range(LANES):
+        for _ in range(self._lanes):
             try:
                 self._executor.submit(job.run_lane)
             except RuntimeError as e:  # the interpreter is ending: no work is accepted
@@ -108,6 +111,10 @@ class BackgroundWriter:
         return write_whole
 
     @property
+    def lanes(self) -> int:
+        return self._lanes
+
+    @property
     def store(self) -> LocalStore:
         return self._store
 
@@ -137,7 +144,7 @@ class _Job:
         self._began_s = began_s
         self._before = before
         self._guard = threading.Lock()
-        self._lanes_left = LANES
+        self._lanes_left = writer.lanes
         self._shards = iter(range(self._plan.shard_count))
         self._digests = [0] * self._plan.shard_count
         self._write: ShardWriter | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,27 @@ import numpy as np
 from stepsave.errors import InvalidStateError
 from stepsave.spec import DTYPES
 
-__all__ = ("HostArray", "device_name", "dtype_name", "view_on_host")
+__all__ = (
+    "ArrayForm",
+    "HostArray",
+    "backend_of",
+    "device_name",
+    "dtype_name",
+    "unwrap",
+    "view_on_host",
+)
 
 HostArray = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayForm:
+    """What an array on its way to the host will be there, apart from its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
 Viewer = Callable[[Sequence[Any]], list[HostArray]]
 
 # Root package of an array type → the module here that knows it. A backend is imported by
@@ -46,7 +65,7 @@ def view_on_host(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> lis
     Raises:
         InvalidStateError: If a leaf is something else.
     """
-    kinds = [_backend_of(leaf) for leaf in leaves]
+    kinds = [backend_of(leaf) for leaf in leaves]
     distinct = set(kinds)
     if len(distinct) == 1:  # the usual case: one backend, one call
         return _view(distinct.pop(), paths, leaves)
@@ -62,12 +81,12 @@ def view_on_host(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> lis
 def device_name(leaves: Sequence[Any]) -> str | None:
     """Returns JAX's name of the device that holds the first JAX array; None without one."""
     for leaf in leaves:
-        if _backend_of(leaf) == "jax":
+        if backend_of(leaf) == "jax":
             return importlib.import_module("stepsave.snapshot.jax").device_name(leaf)
     return None
 
 
-def dtype_name(path: tuple[str, ...], array: HostArray) -> str:
+def dtype_name(path: tuple[str, ...], array: HostArray | ArrayForm) -> str:
     """Returns the key of `spec.DTYPES` for an array.
 
     Raises:
@@ -102,7 +121,15 @@ def _view(kind: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) ->
     )
 
 
-def _backend_of(leaf: Any) -> str:
+def unwrap(leaves: Sequence[Any]) -> Sequence[Any]:
+    """Replaces Keras variables by their present values."""
+    if not any(backend_of(leaf) == "keras" for leaf in leaves):
+        return leaves
+    return [leaf.value if backend_of(leaf) == "keras" else leaf for leaf in leaves]
+
+
+def backend_of(leaf: Any) -> str:
+    """Returns the name of the module here that knows a leaf, `"numpy"`, `"keras"` or `""`."""
     kind = type(leaf)
     backend = _backend_by_type.get(kind)
     if backend is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,14 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 
-__all__ = ("device_name", "view_on_host")
+__all__ = (
+    "describe",
+    "device_name",
+    "has_room",
+    "is_on_accelerator",
+    "make_stage",
+    "view_on_host",
+)
 
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
@@ -21,21 +30,25 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     first is waited for.
     """
     for leaf in leaves:
-        if not isinstance(leaf, jax.Array):
-            raise InvalidStateError(f"expected a JAX array, found {type(leaf).__name__}.")
-        if not leaf.is_fully_addressable:
-            raise InvalidStateError(
-                "the array is spread over several processes, which this version of stepsave "
-                "does not save. Gather it first."
-            )
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise InvalidStateError(
-                "a typed PRNG key has no bytes of its own. Save `jax.random.key_data(key)` "
-                "and rebuild it with `jax.random.wrap_key_data`."
-            )
+        _check(leaf)
         if not _is_on_cpu(leaf):
             leaf.copy_to_host_async()
     return [np.asarray(leaf) for leaf in leaves]
+
+
+def _check(leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array):
+        raise InvalidStateError(f"expected a JAX array, found {type(leaf).__name__}.")
+    if not leaf.is_fully_addressable:
+        raise InvalidStateError(
+            "the array is spread over several processes, which this version of stepsave "
+            "does not save. Gather it first."
+        )
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise InvalidStateError(
+            "a typed PRNG key has no bytes of its own. Save `jax.random.key_data(key)` "
+            "and rebuild it with `jax.random.wrap_key_data`."
+        )
 
 
 def device_name(leaf: Any) -> str:
@@ -45,3 +58,130 @@ def device_name(leaf: Any) -> str:
 
 def _is_on_cpu(leaf: jax.Array) -> bool:
     return next(iter(leaf.sharding.device_set)).platform == "cpu"
+
+
+def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Returns shape and dtype of each array as it will be on the host."""
+    for leaf in leaves:
+        _check(leaf)
+    return [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
+
+
+def is_on_accelerator(leaves: Sequence[Any]) -> bool:
+    """Whether any array is not in host memory."""
+    return not all(_is_on_cpu(leaf) for leaf in leaves)
+
+
+def has_room(leaves: Sequence[Any], headroom: float) -> bool:
+    """Whether the devices have room for a copy, at the peak of what was in use so far."""
+    needed_bytes: collections.Counter[Any] = collections.Counter()  # by device
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            needed_bytes[shard.device] += shard.data.nbytes
+    for device, size_bytes in needed_bytes.items():
+        stats: dict[str, int] | None = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            return False
+        peak_bytes = stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0))
+        if stats["bytes_limit"] - peak_bytes < size_bytes * headroom:
+            return False
+    return True
+
+
+def make_stage(*, on_device: bool) -> _Stage:
+    """Makes what takes JAX arrays off their devices; see `staging.Stage`."""
+    return _Stage(on_device=on_device)
+
+
+class _Stage:
+    """Copies on the device into the memory of the copy before, or straight to pinned memory.
+
+    Either way XLA keeps the order: the next training step, to which the arrays are donated,
+    waits on the device until they have been read.
+    """
+
+    def __init__(self, *, on_device: bool) -> None:
+        self.on_device = on_device
+        self.blocks = False
+        self._copies: list[jax.Array] | None = None
+        self._copy: Any = None
+        self._renew: Any = None
+
+    def prepare(self, leaves: Sequence[Any]) -> None:
+        """Compiles both copies: compiling would stall the first two saves."""
+        if not self.on_device:
+            return
+        state = list(leaves)
+        places = [leaf.sharding for leaf in state]
+        copy = jax.jit(_copy_all, out_shardings=places)
+        # `keep_unused`, or XLA would drop the old copy instead of reusing its memory.
+        renew = jax.jit(_copy_over, out_shardings=places, donate_argnums=1, keep_unused=True)
+        self._copy = copy.lower(state).compile()
+        self._renew = renew.lower(state, state).compile()
+        self._copies = None
+
+    def begin(self, leaves: Sequence[Any], _: object) -> _Transfer:
+        state = list(leaves)
+        if not self.on_device:
+            # Memory of the CPU is not sent anywhere, so it must stay as it is.
+            self.blocks = not is_on_accelerator(state)
+            return _Transfer(_send(state), sent=True)
+        try:
+            return _Transfer(self._take(state), sent=False)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise MemoryError(str(e)) from e
+            raise
+
+    def _take(self, state: list[jax.Array]) -> list[jax.Array]:
+        old, self._copies = self._copies, None  # donated: lost, whatever happens
+        copies: list[jax.Array]
+        try:
+            copies = self._copy(state) if old is None else self._renew(state, old)
+        except (TypeError, ValueError):
+            # The arrays have moved to other devices since; what was compiled says so.
+            self.prepare(state)
+            copies = self._copy(state)
+        self._copies = copies
+        return copies
+
+    def pin(self, memory: object) -> None:
+        """Nothing: JAX transfers to memory of its own."""
+
+    def unpin(self) -> None:
+        """Nothing to undo."""
+
+
+class _Transfer:
+    """Arrays on their way to the host; dropped when they are there."""
+
+    def __init__(self, arrays: list[jax.Array], *, sent: bool) -> None:
+        self._arrays = arrays
+        self._is_sent = sent
+        self._guard = threading.Lock()
+
+    def __call__(self, leaf: int) -> np.ndarray[Any, Any]:
+        with self._guard:  # the first thread that asks sends everything
+            if not self._is_sent:
+                self._arrays = _send(self._arrays)
+                self._is_sent = True
+        return np.asarray(self._arrays[leaf])
+
+
+def _copy_all(state: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in state]
+
+
+def _copy_over(state: list[jax.Array], _: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in state]
+
+
+def _send(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Starts transfers to pinned host memory, which a device can write to at full speed.
+
+    Unlike `copy_to_host_async`, the arrays sent outlive the donation of those they came from.
+    """
+    if not is_on_accelerator(leaves):
+        return leaves
+    pinned = [leaf.sharding.with_memory_kind("pinned_host") for leaf in leaves]
+    return jax.device_put(leaves, pinned)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from stepsave.errors import InvalidStateError
 
-__all__ = ("view_on_host",)
+__all__ = ("describe", "has_room", "is_on_accelerator", "make_stage", "view_on_host")
 
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
@@ -22,13 +22,64 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     return [_view(leaf) for leaf in leaves]
 
 
-def _view(leaf: Any) -> np.ndarray[Any, Any]:
+def _value(leaf: Any) -> Any:
     tensor: Any = leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
     if not isinstance(tensor, tf.Tensor) or not hasattr(tensor, "numpy"):
         raise InvalidStateError(f"expected an eager tensor, found {type(leaf).__name__}.")
+    return tensor
+
+
+def _view(leaf: Any) -> np.ndarray[Any, Any]:
+    tensor = _value(leaf)
     if "GPU" in tensor.device:
         return np.asarray(tensor.numpy())
     try:
-        return np.asarray(memoryview(cast("Any", tensor)))
+        return np.asarray(memoryview(tensor))
     except (TypeError, ValueError):  # bfloat16 and float8 have no buffer format
         return np.asarray(tensor.numpy())
+
+
+def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Returns shape and dtype of each tensor as it will be on the host."""
+    return [(tuple(leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype)) for leaf in leaves]
+
+
+def is_on_accelerator(_: Sequence[Any]) -> bool:
+    """False: TensorFlow does not tell how much device memory is free, so never unasked."""
+    return False
+
+
+def has_room(_: Sequence[Any], __: float) -> bool:
+    """Not known, so no."""
+    return False
+
+
+def make_stage(*, on_device: bool) -> _Stage:
+    """Makes what takes tensors off their devices; see `staging.Stage`."""
+    return _Stage(on_device=on_device)
+
+
+class _Stage:
+    """Holds the present values. TensorFlow copies a value that is held before it assigns.
+
+    So what is copied, and when, is TensorFlow's: variable by variable, in the next step.
+    """
+
+    def __init__(self, *, on_device: bool) -> None:
+        self.on_device = on_device
+        self.blocks = False
+
+    def prepare(self, leaves: Sequence[Any]) -> None:
+        """Checks only."""
+        for leaf in leaves:
+            _value(leaf)
+
+    def begin(self, leaves: Sequence[Any], _: object) -> Callable[[int], np.ndarray[Any, Any]]:
+        held = [_value(leaf) for leaf in leaves]
+        return lambda leaf: _view(held[leaf])
+
+    def pin(self, memory: object) -> None:
+        """Nothing: TensorFlow transfers to memory of its own."""
+
+    def unpin(self) -> None:
+        """Nothing to undo."""
