@@ -8,6 +8,7 @@ touched in the background as soon as their size is known and never given back be
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import mmap
 import os
 import threading
@@ -22,7 +23,7 @@ from stepsave.errors import ArenaMemoryError
 from stepsave.filling import Filling, Run, Source, compile_runs, digest_shard
 from stepsave.spec import LayoutPlan
 
-__all__ = ("Arena", "ArenaPool", "copy_thread_count")
+__all__ = ("Arena", "ArenaPool", "allocate_pages", "copy_thread_count")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -39,15 +40,24 @@ def copy_thread_count() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def allocate_pages(size_bytes: int) -> Bytes:
+    """Returns page-aligned memory, as direct input and output need it, in large pages if it can.
+
+    It reads as zeros, and costs time when it is first touched.
+    """
+    mapping = mmap.mmap(-1, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: it was advice
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
+
 class Arena:
     """One page-aligned host buffer, seen through a layout plan."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
-        self._mapping = mmap.mmap(-1, capacity_bytes)  # page-aligned, as O_DIRECT needs
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes: Bytes = np.frombuffer(self._mapping, np.uint8)
+        self.bytes = allocate_pages(capacity_bytes)
         self._plan: LayoutPlan | None = None
         self._runs: list[Run] = []
         self._runs_of: list[list[Run]] = []  # by shard

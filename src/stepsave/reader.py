@@ -12,6 +12,7 @@ import numpy as np
 from crc32c import crc32c
 
 from stepsave import orbax
+from stepsave.arena import allocate_pages
 from stepsave.commit import CommitProtocol
 from stepsave.errors import CorruptBackupError, StepsaveError
 from stepsave.inventory import COMMIT, TRAINING_PATH
@@ -157,7 +158,7 @@ def _check_size(store: LocalStore, record: BackupRecord, path: str, expected: in
 
 def _read_shard(store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int) -> _Shard:
     path = f"{record.directory}/{orbax.shard_path(number)}"
-    data = np.empty(plan.shard_bytes, np.uint8)
+    data = allocate_pages(plan.shard_bytes)
     memory = data.data
     store.read_into(path, memory)
     start_bytes = number * plan.shard_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -102,6 +103,13 @@ class LocalStore:
     def read_into(self, path: str, buffer: memoryview) -> None:
         """Fills a buffer with a whole file of exactly that size.
 
+        Bypasses the page cache where the file system lets it: what is read once needs no
+        copy of it kept, and a restore must not push out what others have cached.
+
+        Args:
+            path: The file.
+            buffer: Where to; page-aligned memory of whole blocks for a direct read.
+
         Raises:
             FileNotFoundError: If there is none.
             CorruptBackupError: If its size differs.
@@ -112,9 +120,17 @@ class LocalStore:
                 raise CorruptBackupError(
                     f"{self.root / path}: expected {len(buffer)} bytes, found {size_bytes}."
                 )
+            is_direct = size_bytes % _BLOCK_BYTES == 0 and _set_direct(fd)
             done = 0
             while done < len(buffer):
-                got = os.preadv(fd, [buffer[done:]], done)
+                try:
+                    got = os.preadv(fd, [buffer[done:]], done)
+                except OSError as e:
+                    if not is_direct or e.errno != errno.EINVAL:
+                        raise
+                    # Some file systems take the flag and refuse the read, or part of it.
+                    is_direct = _set_direct(fd, wanted=False)
+                    continue
                 if got == 0:
                     raise CorruptBackupError(
                         f"{self.root / path}: expected {len(buffer)} bytes, but it ended "
@@ -268,6 +284,20 @@ class LocalStore:
             yield fd, found.st_size
         finally:
             os.close(fd)
+
+
+def _set_direct(fd: int, *, wanted: bool = True) -> bool:
+    """Has an open file bypass the page cache, or not; tells whether it does now."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # what a file system says that has no such mode
+            raise
+        return False
+    return wanted
 
 
 def _sync_path(directory: Path) -> None:
