@@ -51,7 +51,7 @@ class Numbers:
             return self._step(arrays)
         for array in arrays.values():
             if self.kind == "torch":
-                array += 1
+                array.add_(1)
             else:
                 array.assign_add(self._module.ones_like(array))
         return arrays
@@ -201,14 +201,14 @@ def test_an_unsaveable_leaf_is_named(tmp_path, numbers):
     state["big"]["w3"] = torch.empty(4, device="meta")
     with (
         stepsave.Checkpointer(tmp_path, snapshot="device") as saver,
-        pytest.raises(stepsave.InvalidStateError, match="'big/w3'.*dense tensor"),
+        pytest.raises(stepsave.InvalidStateError, match=r"'big/w3'.*dense tensor"),
     ):
         saver.save(1, state)
 
 
 def test_a_copy_on_the_device_needs_arrays_of_one_backend(tmp_path):
     with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
-        with pytest.raises(stepsave.InvalidStateError, match="found numpy.*snapshot='auto'"):
+        with pytest.raises(stepsave.InvalidStateError, match=r"found numpy.*snapshot='auto'"):
             saver.save(1, {"w": np.zeros(3)})
         mixed = {"j": Numbers("jax").state(1)["big"], "t": Numbers("torch").state(1)["big"]}
         with pytest.raises(stepsave.InvalidStateError, match="found jax, torch"):
@@ -226,7 +226,7 @@ def test_on_the_cpu_nothing_is_staged_unasked(numbers):
 
 
 def test_a_wrong_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="snapshot='gpu'.*'auto' or 'device' or 'host'"):
+    with pytest.raises(ValueError, match=r"snapshot='gpu'.*'auto' or 'device' or 'host'"):
         stepsave.Checkpointer(tmp_path, snapshot="gpu")
 
 
