@@ -40,16 +40,29 @@ def copy_thread_count() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def allocate_pages(size_bytes: int) -> Bytes:
+def allocate_pages(size_bytes: int, *, inherited: bool = True) -> Bytes:
     """Returns page-aligned memory, as direct input and output need it, in large pages if it can.
 
     It reads as zeros, and costs time when it is first touched.
+
+    Args:
+        size_bytes: How much.
+        inherited: Whether children made by `fork` see it. If they do, each page that is
+            written while they live is first copied.
     """
-    mapping = mmap.mmap(-1, size_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: it was advice
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    # Private, because most kernels give no large pages to shared memory, the default.
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(mapping, "MADV_HUGEPAGE")
+    if not inherited:
+        _advise(mapping, "MADV_DONTFORK")
     return np.frombuffer(mapping, np.uint8)
+
+
+def _advise(mapping: mmap.mmap, advice: str) -> None:
+    option = getattr(mmap, advice, None)
+    if option is not None:
+        with contextlib.suppress(OSError):  # a kernel that does not know it; it is only faster
+            mapping.madvise(option)
 
 
 class Arena:
@@ -57,7 +70,7 @@ class Arena:
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
-        self.bytes = allocate_pages(capacity_bytes)
+        self.bytes = allocate_pages(capacity_bytes, inherited=False)
         self._plan: LayoutPlan | None = None
         self._runs: list[Run] = []
         self._runs_of: list[list[Run]] = []  # by shard

@@ -207,15 +207,25 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
 
 
 def _assign_all(variables: Sequence[Any], values: Sequence[HostArray]) -> None:
-    before: list[HostArray] = []
+    before: list[Any] = []
     try:
         for variable, value in zip(variables, values, strict=True):
-            before.append(np.array(keras.ops.convert_to_numpy(variable.value)))
+            before.append(_keep(variable.value))
             variable.assign(value)
     except BaseException:  # out of device memory, an interrupt: no partial assignment, ever
         for variable, old in zip(variables, before, strict=False):
             variable.assign(old)
         raise
+
+
+def _keep(value: Any) -> Any:
+    """A value that a later assignment leaves alone: JAX and TensorFlow make new ones."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return value
+    if backend == "tensorflow":
+        return value.read_value() if hasattr(value, "read_value") else value
+    return np.array(keras.ops.convert_to_numpy(value))
 
 
 Pair = tuple[Any, tuple[str, ...], HostArray]
