@@ -76,6 +76,7 @@ class Capture:
         self._items: Mapping[str, Mapping[str, str]] = {}
         self._paths: Paths = ()
         self._dtypes: list[np.dtype[Any]] = []
+        self._shapes: list[tuple[int, ...]] = []
         self._split: list[int] = []  # leaves of several chunks
 
     @property
@@ -187,11 +188,10 @@ class Capture:
             return False
         if paths is not self._paths and list(paths) != list(self._paths):
             return False
-        leaves = self._blueprint.plan.leaves
-        return all(
-            array.shape == leaf.shape and array.dtype == dtype
-            for array, leaf, dtype in zip(arrays, leaves, self._dtypes, strict=True)
-        )
+        # Two lists, compared in C: a model has thousands of variables.
+        return [array.dtype for array in arrays] == self._dtypes and [
+            array.shape for array in arrays
+        ] == self._shapes
 
     def _fit(self, paths: Paths, arrays: Views, device: str | None) -> tuple[ArenaPool, Blueprint]:
         """Returns arenas and a blueprint for these arrays, those in use if they fit."""
@@ -215,6 +215,7 @@ class Capture:
         self._blueprint = Blueprint.compile(plan, self._items, device)
         self._paths = paths
         self._dtypes = [array.dtype for array in arrays]
+        self._shapes = [array.shape for array in arrays]
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
         self._split = [leaf for leaf, count in chunks.items() if count > 1]
         return pool, self._blueprint

@@ -43,7 +43,7 @@ several_steps_per_call = pytest.mark.skipif(
 # The constructor.
 
 
-def test_the_signature_is_that_of_the_issue():
+def test_the_signature_is_that_of_the_readme():
     parameters = list(inspect.signature(BackupAndRestore).parameters.values())
     assert [(p.name, p.default) for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == [
         ("backup_dir", inspect.Parameter.empty),
@@ -53,6 +53,8 @@ def test_the_signature_is_that_of_the_issue():
     assert {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY} == {
         "double_checkpoint": False,
         "when_busy": "wait",
+        "snapshot": "auto",
+        "writer_threads": None,
         "verbose": 0,
     }
     assert issubclass(BackupAndRestore, keras.callbacks.Callback)

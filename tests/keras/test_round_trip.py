@@ -25,6 +25,7 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore
+from stepsave.writer import BackgroundWriter
 
 # The example in Keras's documentation of `BackupAndRestore`, without its `model.build`.
 
@@ -236,16 +237,19 @@ def test_every_backup_is_of_exactly_one_step(others, backup_dir, monkeypatch):
 
 
 def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, monkeypatch):
-    from stepsave import writer
-
     slow = threading.Event()
-    seal = writer._seal_shard
+    open_shards = BackgroundWriter.open_shards
 
-    def seal_slowly(*args):
-        slow.wait(0.1)
-        return seal(*args)
+    def open_slow_shards(*args):
+        write = open_shards(*args)
 
-    monkeypatch.setattr(writer, "_seal_shard", seal_slowly)
+        def write_slowly(*args):
+            slow.wait(0.1)
+            write(*args)
+
+        return write_slowly
+
+    monkeypatch.setattr(BackgroundWriter, "open_shards", open_slow_shards)
     callback = BackupAndRestore(backup_dir, 1)
     fit_interrupted(step_model(width=20_000), callback, Interrupt(step=STEPS), epochs=2)
     # While the writer still holds the last arenas, the model's memory is used by others.

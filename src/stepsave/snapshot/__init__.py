@@ -17,6 +17,7 @@ __all__ = (
     "ArrayForm",
     "HostArray",
     "backend_of",
+    "backends_of",
     "device_name",
     "dtype_name",
     "unwrap",
@@ -65,10 +66,10 @@ def view_on_host(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> lis
     Raises:
         InvalidStateError: If a leaf is something else.
     """
-    kinds = [backend_of(leaf) for leaf in leaves]
-    distinct = set(kinds)
+    distinct = backends_of(leaves)
     if len(distinct) == 1:  # the usual case: one backend, one call
         return _view(distinct.pop(), paths, leaves)
+    kinds = [backend_of(leaf) for leaf in leaves]
     views: list[HostArray | None] = [None] * len(leaves)
     for kind in distinct:
         chosen = [i for i, other in enumerate(kinds) if other == kind]
@@ -123,9 +124,15 @@ def _view(kind: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) ->
 
 def unwrap(leaves: Sequence[Any]) -> Sequence[Any]:
     """Replaces Keras variables by their present values."""
-    if not any(backend_of(leaf) == "keras" for leaf in leaves):
+    if "keras" not in backends_of(leaves):
         return leaves
     return [leaf.value if backend_of(leaf) == "keras" else leaf for leaf in leaves]
+
+
+def backends_of(leaves: Sequence[Any]) -> set[str]:
+    """Returns what `backend_of` says of all leaves, without a call for each."""
+    examples = dict(zip(map(type, leaves), leaves, strict=True))
+    return {backend_of(leaf) for leaf in examples.values()}
 
 
 def backend_of(leaf: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from stepsave.errors import InvalidStateError
-from stepsave.snapshot import ArrayForm, HostArray, backend_of
+from stepsave.snapshot import ArrayForm, HostArray, backend_of, backends_of
 from stepsave.spec import LayoutPlan
 
 __all__ = ("SnapshotMode", "Source", "Stager", "choose_stager")
@@ -75,17 +75,19 @@ class Stage(Protocol):
 class Stager:
     """Stages the leaves of a state: arrays of one backend, and NumPy arrays and numbers."""
 
-    def __init__(self, kind: str, mode: SnapshotMode, kinds: Sequence[str]) -> None:
+    def __init__(self, kind: str, mode: SnapshotMode, leaves: Sequence[Any]) -> None:
         """Makes nothing yet.
 
         Args:
             kind: The backend, by the name of its module here.
             mode: Where snapshots are taken; "auto" is decided by the first.
-            kinds: The backend of each leaf.
+            leaves: A state like those to be staged.
         """
+        kinds = [backend_of(leaf) for leaf in leaves]
         self._module: Any = importlib.import_module(f"stepsave.snapshot.{kind}")
         self._mode: SnapshotMode = mode
         self._kinds = list(kinds)
+        self._types = list(map(type, leaves))
         self._staged = [i for i, other in enumerate(kinds) if other == kind]
         self._place = {leaf: place for place, leaf in enumerate(self._staged)}
         self._stage: Stage | None = None
@@ -106,8 +108,8 @@ class Stager:
         return bool(self._module.is_on_accelerator([leaves[i] for i in self._staged]))
 
     def accepts(self, leaves: Sequence[Any]) -> bool:
-        """Whether leaves are of the kinds that this stager was made for."""
-        return [backend_of(leaf) for leaf in leaves] == self._kinds
+        """Whether leaves are of the types that this stager was made for."""
+        return list(map(type, leaves)) == self._types
 
     def describe(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> list[ArrayForm]:
         """Returns what each leaf will be on the host, without a transfer.
@@ -120,7 +122,7 @@ class Stager:
         except InvalidStateError as e:
             if len(leaves) > 1:  # say which one
                 for i in self._staged:
-                    one = Stager(self._kinds[i], self._mode, self._kinds[i : i + 1])
+                    one = Stager(self._kinds[i], self._mode, leaves[i : i + 1])
                     one.describe([paths[i]], [leaves[i]])
             raise InvalidStateError(f"State {'/'.join(paths[0])!r}: {e}") from e
         forms: list[ArrayForm] = []
@@ -206,16 +208,16 @@ def choose_stager(leaves: Sequence[Any], mode: SnapshotMode) -> Stager | None:
     Raises:
         InvalidStateError: If "device" is asked for and the leaves allow no such copy.
     """
-    kinds = [backend_of(leaf) for leaf in leaves]
-    backends = set(kinds) - {"numpy"}
+    kinds = backends_of(leaves)
+    backends = kinds - {"numpy"}
     if len(backends) != 1 or not backends <= _STAGED:
         if mode != "device":
             return None
-        found = ", ".join(sorted(set(kinds))) or "no array at all"
+        found = ", ".join(sorted(kinds)) or "no array at all"
         raise InvalidStateError(
             "snapshot='device' needs a state of JAX, torch or TensorFlow arrays, all of one "
             f"backend; found {found}. Use snapshot='auto'."
         )
     (kind,) = backends
-    stager = Stager(kind, mode, kinds)
+    stager = Stager(kind, mode, leaves)
     return stager if mode == "device" or stager.is_worthwhile(leaves) else None
