@@ -1,30 +1,164 @@
-"""Runs all benchmarks, keeps their raw JSON and publishes the tables made from it."""
+"""Runs all benchmarks, keeps their raw JSON, and publishes the tables and pictures.
+
+python -m bench                     # everything: about an hour
+python -m bench fits trace publish  # some of it
+python -m bench --quick             # tiny, elsewhere: to see that everything runs
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-from bench import engine, machine, publish
+from bench import machine, publish
+from bench.common import RESULTS
+
+SWEPT = ("sync", "stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
+SCALED = ("stepsave", "keras", "orbax_keras_tuned")
+TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
+TEST_PARTS = Path(__file__).with_name("test_parts.py")
 
 
-def main() -> None:
-    engine.main(sys.argv[1:])
-    parts = engine.RESULTS / machine.name() / "parts.json"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(Path(__file__).with_name("test_parts.py")),
-            "--benchmark-only",
-            "--benchmark-columns=median,iqr,rounds",
-            f"--benchmark-json={parts}",
-        ],
-        check=True,
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One child process: a benchmark, which writes one JSON."""
+
+    group: str
+    module: str
+    arguments: str = ""
+
+    def command(self, results: Path, *, quick: bool) -> list[str]:
+        command = [sys.executable, "-m", self.module, *shlex.split(self.arguments)]
+        return [*command, "--results", str(results), *(["--quick"] if quick else [])]
+
+
+def _fits(group: str, arguments: str, subjects: tuple[str, ...] = ()) -> Run:
+    chosen = f" --subjects {' '.join(subjects)}" if subjects else ""
+    return Run(group, "bench.fits", arguments + chosen)
+
+
+RUNS = (
+    Run("engine", "bench.engine"),
+    Run("engine", "bench.first"),
+    Run("engine", "bench.variables"),
+    Run("engine", "bench.writers"),
+    Run("engine", "bench.restore"),
+    _fits("fits", "--backend jax"),
+    _fits("fits", "--backend tensorflow --repeats 5"),
+    _fits("fits", "--backend torch --repeats 5"),
+    _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --megabytes 10 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 100 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 1000 --steps 18 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 100 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 1000 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --steps 13 --repeats 5", SCALED),
+    _fits("idle", "--backend jax --idle"),
+    _fits("idle", "--backend torch --idle"),
+    _fits("idle", "--backend tensorflow --idle"),
+    _fits("trace", "--backend jax --trace --repeats 5", TRACED),
+    Run("resources", "bench.resources"),
+)
+# The same questions, tiny: each path through the code once.
+QUICK_RUNS = (
+    *(run for run in RUNS if run.group in ("engine", "idle", "resources")),
+    _fits("fits", "--backend jax"),
+    _fits("fits", "--backend tensorflow"),
+    _fits("fits", "--backend torch"),
+    _fits("sweep", "--backend jax --every 1", SWEPT),
+    _fits("sweep", "--backend jax --every 2", SWEPT),
+    _fits("sweep", "--backend jax --megabytes 1", SCALED),
+    _fits("sweep", "--backend jax --megabytes 1 --variables 300", SCALED),
+    _fits("trace", "--backend jax --trace", TRACED),
+)
+GROUPS = ("engine", "fits", "sweep", "idle", "trace", "resources", "parts", "publish")
+
+
+def parts(results: Path, *, quick: bool) -> list[str]:
+    """The command for the parts of a save by themselves, by pytest-benchmark."""
+    command = [sys.executable, "-m", "pytest", str(TEST_PARTS), "-p", "no:cacheprovider"]
+    if quick:
+        return [*command, "--benchmark-disable"]
+    columns = "--benchmark-columns=median,iqr,rounds"
+    return [*command, "--benchmark-only", columns, f"--benchmark-json={results / 'parts.json'}"]
+
+
+def _without_host_name(path: Path) -> None:
+    """A result names no host; pytest-benchmark would."""
+    result = json.loads(path.read_text())
+    result["machine_info"].pop("node", None)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(groups: list[str], results: Path, *, quick: bool) -> list[str]:
+    """Runs what was asked for, to the end; returns the commands that failed."""
+    failed: list[str] = []
+    commands = [
+        run.command(results, quick=quick)
+        for run in (QUICK_RUNS if quick else RUNS)
+        if run.group in groups
+    ]
+    if "parts" in groups:
+        commands.append(parts(results, quick=quick))
+    for number, command in enumerate(commands, 1):
+        shown = shlex.join(command[1:])
+        print(f"== {number} of {len(commands)}: python {shown}", flush=True)
+        begin_s = time.monotonic()
+        if subprocess.run(command, check=False).returncode:
+            failed.append(shown)
+        print(f"-- {time.monotonic() - begin_s:.0f} s", flush=True)
+    if (path := results / "parts.json").exists():
+        _without_host_name(path)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    publish.main()
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--quick", action="store_true", help="tiny, into a temporary directory")
+    parser.add_argument("--results", type=Path, default=None, help="folder of all machines")
+    options = parser.parse_args(arguments)
+    groups = options.groups or list(GROUPS)
+    if unknown := set(groups) - set(GROUPS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    root = options.results or RESULTS
+    if options.quick and options.results is None:
+        root = Path(tempfile.mkdtemp(prefix="bench-"))
+    results = root / machine.name()
+    results.mkdir(parents=True, exist_ok=True)
+    failed = measure(groups, results, quick=options.quick)
+    if "publish" in groups:
+        publish.main(_publish_arguments(root))
+    if options.quick:
+        print(f"quick results are in {root}")
+    for command in failed:
+        print(f"FAILED: python {command}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def _publish_arguments(root: Path) -> list[str]:
+    """Results elsewhere are published elsewhere: into copies of the documents beside them."""
+    if root == RESULTS:
+        return []
+    copies = {"--readme": root / "README.md", "--details": root / "bench-README.md"}
+    for source, copy in zip((publish.README, publish.DETAILS), copies.values(), strict=True):
+        shutil.copy(source, copy)
+    pairs = ((name, str(path)) for name, path in copies.items())
+    return ["--results", str(root), *(text for pair in pairs for text in pair)]
 
 
 if __name__ == "__main__":

@@ -2,102 +2,93 @@
 
 Every round measures, one after the other and in changing order, the two floors and a save
 of the same bytes from arrays of each framework; so a slow moment of the machine hits all.
+
+Other questions to the engine have modules of their own, which this one runs if asked:
+`--restore`, `--many-variables`, `--first`, `--writers`; each takes the options of its module.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import random
-import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import stepsave
-from bench import floors, machine
+from bench import common, floors, machine
+from bench.common import ARRAY_BYTES, FRAMEWORKS, RESULTS, UNSTEADY
+from bench.stats import spread
 
-RESULTS = Path(__file__).parent / "results"
-ARRAY_BYTES = 4_000_000
+__all__ = ("RESULTS", "Subject", "main", "measure", "summarize")
+
 FLOORS = {"stall": "memcpy", "background": "raw write", "durable": "raw write"}
+OTHERS = {
+    "--restore": "bench.restore",
+    "--many-variables": "bench.variables",
+    "--first": "bench.first",
+    "--writers": "bench.writers",
+}
+QUICK = {"megabytes": 20, "rounds": 5}
 
 
-def states(size_bytes: int, frameworks: list[str]) -> dict[str, dict[str, Any]]:
-    """Makes equal states of arrays of several frameworks: random bits, as weights have."""
-    rng = np.random.default_rng(0)
-    arrays = {
-        f"w{i}": rng.standard_normal(ARRAY_BYTES // 4, np.float32)
-        for i in range(size_bytes // ARRAY_BYTES)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpointer under test.
+
+    Attributes:
+        name: Its name in the JSON.
+        framework: Whose arrays it saves.
+        options: What its `Checkpointer` is made with.
+    """
+
+    name: str
+    framework: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def measure(
+    subjects: Sequence[Subject], size_bytes: int, rounds: int, where: Path
+) -> dict[str, list[float]]:
+    """Runs all subjects interleaved; returns raw samples in seconds, by subject and kind."""
+    kinds = ("stall", "background", "durable")
+    samples: dict[str, list[float]] = {"memcpy": [], "raw write": []}
+    samples |= {f"{subject.name} {kind}": [] for subject in subjects for kind in kinds}
+    count = size_bytes // ARRAY_BYTES
+    states = {
+        framework: common.make_state(framework, count, ARRAY_BYTES)
+        for framework in {subject.framework for subject in subjects}
     }
-    made: dict[str, dict[str, Any]] = {}
-    for framework in frameworks:
-        if framework == "numpy":
-            made[framework] = dict(arrays)
-        elif framework == "jax":
-            import jax.numpy as jnp
-
-            made[framework] = {name: jnp.array(array) for name, array in arrays.items()}
-        elif framework == "torch":
-            import torch
-
-            made[framework] = {name: torch.tensor(array) for name, array in arrays.items()}
-        else:
-            raise ValueError(framework)
-    return made
-
-
-def measure(size_bytes: int, rounds: int, frameworks: list[str], where: Path) -> dict[str, Any]:
-    """Runs all subjects interleaved; returns raw samples in seconds, by subject."""
-    samples: dict[str, list[float]] = {}
-    savers = {name: stepsave.Checkpointer(where / name) for name in frameworks}
-    all_states = states(size_bytes, frameworks)
+    savers = {s.name: stepsave.Checkpointer(where / s.name, **s.options) for s in subjects}
     memcpy, raw = floors.Memcpy(size_bytes), floors.RawWrite(where, size_bytes)
-    step = 0
 
-    def save(name: str) -> None:
-        handle = savers[name].save(step, all_states[name])
-        handle.wait()
-        samples.setdefault(f"{name} stall", []).append(handle.stall_s)
-        durable_s = handle.durable_s or float("nan")
-        samples.setdefault(f"{name} durable", []).append(durable_s)
-        samples.setdefault(f"{name} background", []).append(durable_s - handle.stall_s)
+    def save(subject: Subject, step: int) -> None:
+        times = common.timed_save(savers[subject.name], step, states[subject.framework])
+        for kind in kinds:
+            samples[f"{subject.name} {kind}"].append(getattr(times, f"{kind}_s"))
 
-    def floor(name: str, measure_s: Callable[[], float]) -> None:
-        samples.setdefault(name, []).append(measure_s())
-
-    subjects: list[Callable[[], None]] = [
-        lambda: floor("memcpy", memcpy.measure_s),
-        lambda: floor("raw write", raw.measure_s),
-        *(lambda name=name: save(name) for name in frameworks),
+    measured: list[Callable[[int], None]] = [
+        lambda _step: samples["memcpy"].append(memcpy.measure_s()),
+        lambda _step: samples["raw write"].append(raw.measure_s()),
+        *(lambda step, s=subject: save(s, step) for subject in subjects),
     ]
     try:
-        for name, saver in savers.items():
-            saver.prepare(all_states[name])
-        for step in range(-3, rounds):
-            if step < 0:
-                memcpy.measure_s()
-                continue
-            for subject in random.Random(step).sample(subjects, len(subjects)):
-                subject()
-        _check(savers, all_states, rounds - 1)
+        for subject in subjects:
+            savers[subject.name].prepare(states[subject.framework])
+        for _ in range(3):
+            memcpy.measure_s()
+        for step in range(rounds):
+            for action in random.Random(step).sample(measured, len(measured)):
+                action(step)
+        for subject in subjects:
+            common.check_restored(savers[subject.name], states[subject.framework], rounds - 1)
     finally:
         for saver in savers.values():
             saver.close()
         memcpy.close()
     return samples
-
-
-def _check(savers: dict[str, Any], all_states: dict[str, dict[str, Any]], step: int) -> None:
-    """A save is only as good as its restore."""
-    for name, saver in savers.items():
-        backup = saver.restore()
-        assert backup is not None
-        assert backup.step == step
-        for key, array in all_states[name].items():
-            np.testing.assert_array_equal(backup.state[key], np.asarray(array))
 
 
 def summarize(samples: dict[str, list[float]]) -> dict[str, Any]:
@@ -106,49 +97,59 @@ def summarize(samples: dict[str, list[float]]) -> dict[str, Any]:
     The first two saves of a subject write new files, not over retired ones; they are in the
     samples, and not in the summary of the steady state.
     """
-    steady = {name: values[2:] for name, values in samples.items()}
+    steady = {name: values[UNSTEADY:] for name, values in samples.items()}
     summary: dict[str, Any] = {}
     for name, values in steady.items():
-        entry = _spread(values)
-        kind = name.rpartition(" ")[2]
-        floor = FLOORS.get(kind)
+        entry = spread(values)
+        floor = FLOORS.get(name.rpartition(" ")[2])
         if floor is not None:
-            ratios = [a / b for a, b in zip(values, steady[floor], strict=True)]
             entry["floor"] = floor
-            entry["ratio"] = _spread(ratios)
+            entry["ratio"] = common.ratios(values, steady[floor])
         summary[name] = entry
     return summary
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    deciles = statistics.quantiles(values, n=10)
-    return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--frameworks", nargs="*", default=["numpy", "jax", "torch"])
-    parser.add_argument("--directory", type=Path, default=None, help="where to write")
-    options = parser.parse_args(arguments)
-
+def run(name: str, subjects: Sequence[Subject], options: Any) -> dict[str, Any]:
+    """Measures, keeps the JSON, and prints a small table."""
     size_bytes = options.megabytes * 1_000_000 // ARRAY_BYTES * ARRAY_BYTES
     with tempfile.TemporaryDirectory(dir=options.directory) as where:
-        samples = measure(size_bytes, options.rounds, options.frameworks, Path(where))
+        samples = measure(subjects, size_bytes, options.rounds, Path(where))
         result = {
-            "benchmark": "engine",
+            "benchmark": name,
             "machine": machine.describe(Path(where)),
-            "settings": {"state_bytes": size_bytes, "rounds": options.rounds},
+            "settings": {
+                "state_bytes": size_bytes,
+                "arrays": size_bytes // ARRAY_BYTES,
+                "rounds": options.rounds,
+                "quick": options.quick,
+                "subjects": [dataclasses.asdict(subject) for subject in subjects],
+            },
             "summary": summarize(samples),
             "samples_s": samples,
         }
-    target = RESULTS / machine.name() / "engine.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    for name, entry in result["summary"].items():
+    common.write(name, options, result)
+    for key, entry in result["summary"].items():
         ratio = f"   {entry['ratio']['median']:.2f} x {entry['floor']}" if "ratio" in entry else ""
-        print(f"{name:>17}: {entry['median'] * 1e3:7.1f} ms{ratio}")
+        print(f"{key:>32}: {entry['median'] * 1e3:7.1f} ms{ratio}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked = [option for option in OTHERS if option in arguments]
+    if asked:
+        import importlib
+
+        rest = [argument for argument in arguments if argument not in OTHERS]
+        for option in asked:
+            importlib.import_module(OTHERS[option]).main(rest)
+        return
+    parser = common.parser("engine", __doc__)
+    parser.add_argument("--megabytes", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=list(FRAMEWORKS))
+    options = common.parse(parser, arguments, QUICK)
+    run("engine", [Subject(name, name) for name in options.frameworks], options)
 
 
 if __name__ == "__main__":

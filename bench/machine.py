@@ -5,9 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
-PACKAGES = ("stepsave", "numpy", "tensorstore", "crc32c", "keras", "jax", "torch", "tensorflow-cpu")
+PACKAGES = (
+    "stepsave",
+    "numpy",
+    "tensorstore",
+    "crc32c",
+    "ml-dtypes",
+    "keras",
+    "h5py",
+    "jax",
+    "jaxlib",
+    "orbax-checkpoint",
+    "torch",
+    "tensorflow-cpu",
+)
 
 
 def describe(directory: Path) -> dict[str, object]:
@@ -16,6 +30,7 @@ def describe(directory: Path) -> dict[str, object]:
         "name": name(),
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "file_system": _file_system(directory),
@@ -25,14 +40,16 @@ def describe(directory: Path) -> dict[str, object]:
 
 def name() -> str:
     """A folder name for results of machines like this one."""
-    return f"{platform.system()}-{platform.machine()}-{len(os.sched_getaffinity(0))}cpu".lower()
+    model = re.sub(r"\((r|tm)\)|@.*", "", _cpu_model().lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", model).strip("-")
+    return f"{slug}-{len(os.sched_getaffinity(0))}cpu"
 
 
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _file_system(directory: Path) -> str:

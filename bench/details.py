@@ -1,0 +1,313 @@
+"""All tables of one machine, for `bench/README.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.collected import (
+    BACKEND_NAMES,
+    Collected,
+    Result,
+    ms,
+    number,
+    percent_over,
+    subject,
+    times,
+)
+from bench.subjects import SUBJECTS
+from bench.targets import FRAMEWORK_NAMES
+
+NOT_MEASURED = "Not measured on this machine."
+
+
+def machine_line(collected: Collected) -> str:
+    """The machine in one line."""
+    facts = collected.facts
+    if facts is None:
+        return collected.directory.name
+    memory = facts.get("memory_bytes")
+    return ", ".join(
+        [
+            f"{facts['cpus']} cores of {facts['cpu']}",
+            *([f"{memory / 2**30:.0f} GiB"] if memory else []),
+            f"Linux {facts['kernel']}",
+            facts["file_system"],
+        ]
+    )
+
+
+def of_machine(collected: Collected) -> str:
+    """Every table; a section of what is missing says so."""
+    sections: list[tuple[str, Callable[[Collected], list[str]]]] = [
+        ("One save against its floors", _engine),
+        ("First save", _first),
+        ("Many variables", _variables),
+        ("Writer threads", _writers),
+        ("Restore from a cold disk", _restore),
+        ("Whole fits", _all_fits),
+        ("How often", lambda c: _sweep(c, "every", "a save every {} steps")),
+        ("How big", lambda c: _sweep(c, "megabytes", "{:.0f} MB")),
+        ("How many variables", lambda c: _sweep(c, "variables", "{} variables")),
+        ("Idle", _idle),
+        ("Resources", _resources),
+        ("Parts of a save, 100 MB", _parts),
+        ("How the systems were set up", _settings),
+    ]
+    lines = [f"## {machine_line(collected)}", "", *_packages(collected)]
+    for title, make in sections:
+        lines += [f"### {title}", "", *(make(collected) or [NOT_MEASURED]), ""]
+    return "\n".join(lines)
+
+
+def _packages(collected: Collected) -> list[str]:
+    packages = (collected.facts or {}).get("packages", {})
+    named = [f"{name} {version}" for name, version in packages.items() if version]
+    return [", ".join(named) + ".", ""] if named else []
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _engine(collected: Collected) -> list[str]:
+    summary = collected.summary("engine")
+    if not summary:
+        return []
+    rows = [["floor: warm copy by two threads", ms(summary["memcpy"]), ""]]
+    rows += _kind_rows(summary, "stall", "stall of a save")
+    rows.append(["floor: `O_DIRECT` write and `fsync`", ms(summary["raw write"]), ""])
+    rows += _kind_rows(summary, "background", "from the snapshot to the commit")
+    rows += _kind_rows(summary, "durable", "time until durable, stall included")
+    settings = (collected.get("engine") or {})["settings"]
+    caption = f"{settings['state_bytes'] / 1e6:.0f} MB, {settings['rounds']} rounds."
+    return [caption, "", *_table(["", "time", "against the floor"], rows)]
+
+
+def _kind_rows(summary: Result, kind: str, what: str) -> list[list[str]]:
+    return [
+        [
+            f"{what}, {name} arrays",
+            ms(summary[f"{framework} {kind}"]),
+            times(summary[f"{framework} {kind}"]["ratio"], bold=True),
+        ]
+        for framework, name in FRAMEWORK_NAMES.items()
+        if f"{framework} {kind}" in summary
+    ]
+
+
+def _first(collected: Collected) -> list[str]:
+    rows = [
+        [
+            FRAMEWORK_NAMES[framework],
+            ms(entry["prepare_s"]),
+            ms(entry["first_stall_s"]),
+            ms(entry["later_stall_s"]),
+            times(entry["first_over_later"], bold=True),
+        ]
+        for framework, entry in collected.summary("first").items()
+    ]
+    head = ["", "`prepare`", "stall of the first save", "of later ones", "first to later"]
+    return _table(head, rows) if rows else []
+
+
+def _variables(collected: Collected) -> list[str]:
+    summary = collected.summary("variables")
+    rows = [
+        [
+            f"{FRAMEWORK_NAMES[framework]}, {count} variables",
+            ms(entry["stall_s"]),
+            number(entry["over_memcpy_us_per_variable"]["median"]),
+            ms(entry["durable_s"]),
+        ]
+        for framework in FRAMEWORK_NAMES
+        for count, entry in summary.get(framework, {}).items()
+        if count.isdigit()
+    ]
+    if not rows:
+        return []
+    settings = (collected.get("variables") or {})["settings"]
+    caption = (
+        f"{settings['state_bytes'] / 1e6:.0f} MB; memcpy of them takes {ms(summary['memcpy_s'])}."
+    )
+    head = ["", "stall", "over memcpy, µs per variable", "durable after"]
+    return [caption, "", *_table(head, rows)]
+
+
+def _writers(collected: Collected) -> list[str]:
+    kinds = ("stall", "background", "durable")
+    summary = collected.summary("writers")
+    names = dict.fromkeys(
+        key.rpartition(" ")[0] for key in summary if key.rpartition(" ")[2] in kinds
+    )
+    rows = [[name, *(ms(summary[f"{name} {kind}"]) for kind in kinds)] for name in names]
+    head = ["", "stall", "in the background", "durable after"]
+    return _table(head, rows) if rows else []
+
+
+def _restore(collected: Collected) -> list[str]:
+    result = collected.get("restore")
+    if result is None:
+        return []
+    rows = [
+        [
+            name,
+            ms(entry),
+            f"{entry['bytes_per_s'] / 1e9:.2f} GB/s" if "bytes_per_s" in entry else "",
+            "; ".join(f"{times(r)} of {other}" for other, r in entry.get("ratios", {}).items()),
+        ]
+        for name, entry in result["summary"].items()
+    ]
+    cold = "cold" if result["cold"]["is_cold"] else "**not cold**"
+    caption = (
+        f"{result['settings']['state_bytes'] / 1e6:.0f} MB, files {cold} before each read; "
+        "times against times, so less is faster."
+    )
+    return [caption, "", *_table(["", "time", "speed", "takes"], rows)]
+
+
+def _all_fits(collected: Collected) -> list[str]:
+    lines: list[str] = []
+    for backend, name in BACKEND_NAMES.items():
+        result = collected.main_fits(backend)
+        lines += [f"#### {name}", "", *(_fits(result) if result else [NOT_MEASURED]), ""]
+    return lines
+
+
+def _fits(result: Result) -> list[str]:
+    settings = result["settings"]
+    caption = (
+        f"{settings['state_bytes'] / 1e6:.0f} MB in {settings['variables']} arrays, batch size "
+        f"{settings['batch_size']}, a save every {settings['every']} of {settings['steps']} steps, "
+        f"{settings['repeats']} rounds. Memcpy: {ms(result['summary']['memcpy_s'])}."
+    )
+    head = ["", "loop", "over no callback", "true stall", "over the empty callback"]
+    head += ["against memcpy", "against ours", "held up p50 / p99 / max", "first", "CPU s per GB"]
+    head += ["before", "after", "MB on disk", "read back equal"]
+    rows = [_fit_row(result, key) for key in result["summary"]["subjects"]]
+    failed = [f"- {SUBJECTS[key].label}: failed: {text}" for key, text in result["failed"].items()]
+    return [caption, "", *_table(head, rows), *(["", *failed] if failed else [])]
+
+
+def _fit_row(result: Result, key: str) -> list[str]:
+    found = result["summary"]["subjects"][key]
+    row = [SUBJECTS[key].label, ms(found["loop_s"]), percent_over(found["loop_over_none"])]
+    around = [ms(found[f"{end}_over_none_s"]) for end in ("start", "end")]
+    if "stall_over_none_s" not in found:
+        return [*row, *[""] * 7, *around, "", ""]
+    blocked = found.get("blocked_s", {})
+    held = " / ".join(number(blocked[p] * 1e3) for p in ("p50", "p99", "max") if p in blocked)
+    verified = result["verified"].get(key, {}).get("equal_variables", {})
+    equal = ", ".join(f"{k.removesuffix('_variables')} {v}" for k, v in verified.items())
+    over_sync, ratio = found.get("stall_over_sync_s"), found.get("stall_over_stepsave")
+    return [
+        *row,
+        ms(found["stall_over_none_s"], bold=True),
+        ms(over_sync) if over_sync else "",
+        times(found["stall_over_memcpy"]),
+        times(ratio) if ratio else "",
+        f"{held} ms" if held else "",
+        ms(found["blocked_first_s"]),
+        times(found["cpu_s_per_gb"]),
+        *around,
+        f"{found['disk_bytes'] / 1e6:.0f}",
+        equal,
+    ]
+
+
+def _sweep(collected: Collected, varied: str, what: str) -> list[str]:
+    """True stalls where one setting is varied, and all others stay."""
+    runs = collected.sweep(varied)
+    if len({run["settings"][varied] for run in runs}) < 2:
+        return []
+    keys = [key for key in SUBJECTS if SUBJECTS[key].loader and any(subject(r, key) for r in runs)]
+    rows: list[list[str]] = []
+    for run in runs:
+        row = [what.format(run["settings"][varied]), ms(run["summary"]["memcpy_s"])]
+        row += [_stall(run, key) for key in keys]
+        rows.append(row)
+    head = ["true stall on JAX", "memcpy", *(SUBJECTS[key].label for key in keys)]
+    return _table(head, rows)
+
+
+def _stall(run: Result, key: str) -> str:
+    if key in run["failed"]:
+        return "failed"
+    found = subject(run, key)
+    if found is None:
+        return ""
+    loop = percent_over(found["loop_over_none"])
+    return f"{number(found['stall_over_none_s']['median'] * 1e3)} ms, loop {loop}"
+
+
+def _idle(collected: Collected) -> list[str]:
+    rows: list[list[str]] = []
+    for backend, name in BACKEND_NAMES.items():
+        result = collected.get(f"idle-{backend}")
+        for key in ("none", "sync", "idle") if result else ():
+            found = subject(result, key)
+            if result is None or found is None:
+                continue
+            step_us = found["loop_s"]["median"] / result["settings"]["steps"] * 1e6
+            rows.append(
+                [
+                    f"{name}, {SUBJECTS[key].label}",
+                    f"{number(step_us)} µs",
+                    times(found["loop_over_none"], bold=key == "idle"),
+                    "yes" if found["async_dispatch"] else "no",
+                ]
+            )
+    return _table(["", "step", "loop, against none", "asynchronous dispatch"], rows) if rows else []
+
+
+def _resources(collected: Collected) -> list[str]:
+    result = collected.get("resources")
+    if result is None:
+        return []
+    rows: list[list[str]] = []
+    for name, found in result["summary"].items():
+        cells = [""] * 6
+        if cpu := found.get("cpu"):
+            cells[0] = times(cpu["cpu_s_per_gb"])
+        if memory := found.get("memory"):
+            cells[1] = f"{number(memory['peak_over_state'])} x the state"
+        if growth := found.get("growth"):
+            slope, error = growth["slope_bytes_per_save"], growth["slope_error_bytes_per_save"]
+            cells[2] = f"{slope:.0f} ± {error:.0f} B"
+        if calls := found.get("syscalls"):
+            cells[3], cells[4] = number(calls["syncs"]), number(calls["all"])
+        if operations := found.get("operations"):
+            cells[5] = ", ".join(
+                f"{number(side['calls_per_variable'])} {where}"
+                for where, side in operations.items()
+            )
+        rows.append([name, *cells])
+    head = ["", "CPU s per GB", "peak memory", "memory growth per save", "syncs per save"]
+    head += ["syscalls per save", "calls per variable"]
+    failed = [f"- {name}: failed: {text}" for name, text in result["failed"].items()]
+    reason = result["syscalls_null_because"]
+    notes = [*failed, *([f"- no syscalls: {reason}"] if reason else [])]
+    return [*_table(head, rows), *(["", *notes] if notes else [])]
+
+
+def _parts(collected: Collected) -> list[str]:
+    result = collected.get("parts")
+    if result is None:
+        return []
+    rows = [
+        [each["group"], each["name"].removeprefix("test_").replace("_", " "), f"{median} ms"]
+        for each in result["benchmarks"]
+        for median in [number(each["stats"]["median"] * 1e3)]
+    ]
+    return _table(["", "", "median"], rows)
+
+
+def _settings(collected: Collected) -> list[str]:
+    found: dict[str, Result] = {}
+    for backend in BACKEND_NAMES:
+        found |= (collected.main_fits(backend) or {}).get("subjects", {})
+    rows = [[each["label"], each["settings"], each["syncs"]] for each in found.values()]
+    return _table(["", "settings", "syncs before it says done"], rows) if rows else []

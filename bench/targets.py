@@ -1,0 +1,221 @@
+"""What was aimed at, what was reached, and whether that is enough: all from the results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from bench.collected import BACKEND_NAMES, Collected, number, subject
+
+FRAMEWORK_NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch"}
+GROWTH_BYTES = 1 << 20  # over all saves: less is noise of the allocator
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Figure:
+    """One number against its target."""
+
+    label: str
+    value: float
+    text: str
+    met: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """One aim, for which there may be several figures; all must reach it."""
+
+    what: str
+    target: str
+    figures: Callable[[Collected], Iterator[Figure]]
+
+    def row(self, collected: Collected) -> str:
+        found = list(self.figures(collected))
+        if not found:
+            return f"| {self.what} | {self.target} | not measured | |"
+        reached = ", ".join(f"{figure.label} {figure.text}".strip() for figure in found)
+        met = all(figure.met for figure in found)
+        return f"| {self.what} | {self.target} | {reached} | {'met' if met else '**missed**'} |"
+
+
+def table(collected: Collected) -> list[str]:
+    """The targets as a table in Markdown."""
+    rows = [target.row(collected) for target in TARGETS]
+    return ["| | target | reached | |", "|---|---|---|---|", *rows]
+
+
+def _at_most(label: str, value: float, limit: float, unit: str) -> Figure:
+    return Figure(label, value, f"{number(value)}{unit}", value <= limit)
+
+
+def _at_least(label: str, value: float, limit: float, unit: str) -> Figure:
+    return Figure(label, value, f"{number(value)}{unit}", value >= limit)
+
+
+def _engine(kind: str, limit: float) -> Callable[[Collected], Iterator[Figure]]:
+    def figures(collected: Collected) -> Iterator[Figure]:
+        summary = collected.summary("engine")
+        for framework, name in FRAMEWORK_NAMES.items():
+            if entry := summary.get(f"{framework} {kind}"):
+                yield _at_most(name, entry["ratio"]["median"], limit, " x")
+
+    return figures
+
+
+def _fit(
+    key: str, what: str, limit: float, *, least: bool = False
+) -> Callable[[Collected], Iterator[Figure]]:
+    def figures(collected: Collected) -> Iterator[Figure]:
+        entry = (subject(collected.main_fits("jax"), key) or {}).get(what)
+        if entry is not None:
+            make = _at_least if least else _at_most
+            yield make("", entry["median"], limit, " x")
+
+    return figures
+
+
+def _cpu(collected: Collected) -> Iterator[Figure]:
+    for framework, name in FRAMEWORK_NAMES.items():
+        found = collected.summary("resources").get(f"stepsave {framework}", {}).get("cpu")
+        if found:
+            yield _at_most(name, found["cpu_s_per_gb"]["median"], 0.25, " s")
+
+
+def _idle(collected: Collected) -> Iterator[Figure]:
+    for backend, name in BACKEND_NAMES.items():
+        result = collected.get(f"idle-{backend}")
+        found = subject(result, "idle")
+        if result is None or found is None:
+            continue
+        added = (found["loop_over_none"]["median"] - 1) * 100
+        steps = result["settings"]["steps"]
+        step_us = result["summary"]["subjects"]["none"]["loop_s"]["median"] / steps * 1e6
+        text = f"{added:+.1f} % (steps of {number(step_us)} µs)"
+        yield Figure(name, added, text, added <= 1)
+
+
+def _variables(collected: Collected) -> Iterator[Figure]:
+    summary = collected.summary("variables")
+    for framework in ("jax", "torch"):
+        counts = {int(key) for key in summary.get(framework, {}) if key.isdigit()}
+        if counts:
+            entry = summary[framework][str(max(counts))]["over_memcpy_us_per_variable"]
+            yield _at_most(FRAMEWORK_NAMES[framework], entry["median"], 6, " µs")
+
+
+def _first(collected: Collected) -> Iterator[Figure]:
+    for framework, entry in collected.summary("first").items():
+        ratio = entry["first_over_later"]["median"]
+        yield _at_most(FRAMEWORK_NAMES[framework], ratio, 1.5, " x")
+
+
+def _memory(collected: Collected) -> Iterator[Figure]:
+    for framework, name in FRAMEWORK_NAMES.items():
+        found = collected.summary("resources").get(f"stepsave {framework}", {}).get("memory")
+        if found and "limit_bytes" in found:
+            over_bytes = found["peak_bytes"] - 2 * found["arena_bytes"]
+            text = f"+{number(over_bytes / 2**20)} MiB"
+            yield Figure(name, over_bytes, text, bool(found["within_limit"]))
+
+
+def _growth(collected: Collected) -> Iterator[Figure]:
+    for framework, name in FRAMEWORK_NAMES.items():
+        found = collected.summary("resources").get(f"stepsave {framework}", {}).get("growth")
+        if not found:
+            continue
+        early, late = found["early"], found["late"]
+        grown = late["rss_bytes"] - early["rss_bytes"]
+        same = all(late[key] <= early[key] for key in ("threads", "open_files"))
+        text = f"{number(grown / 1024)} KiB in {late['saves'] - early['saves']} saves"
+        yield Figure(name, grown, text, same and grown <= GROWTH_BYTES)
+
+
+def _restore_raw(collected: Collected) -> Iterator[Figure]:
+    ratios = collected.summary("restore").get("stepsave restore", {}).get("ratios", {})
+    labels = {"raw read warm": "into warm memory", "raw read fresh": "into fresh memory"}
+    # Warm memory is the target's; any restore needs fresh memory, so that is shown beside it.
+    strict = ratios.get("raw read warm")
+    for key, label in labels.items():
+        if strict and key in ratios:
+            share = 1 / ratios[key]["median"]
+            met = 1 / strict["median"] >= 0.7
+            yield Figure(label, share, f"{number(share)} x", met)
+
+
+def _restore_keras(collected: Collected) -> Iterator[Figure]:
+    ratios = collected.summary("restore").get("stepsave model", {}).get("ratios", {})
+    if "keras load_weights" in ratios:
+        yield _at_least("", 1 / ratios["keras load_weights"]["median"], 2, " x")
+
+
+def _syncs(collected: Collected) -> Iterator[Figure]:
+    for framework, name in FRAMEWORK_NAMES.items():
+        found = collected.summary("resources").get(f"stepsave {framework}", {}).get("syscalls")
+        if found:
+            shards, syncs = found["shards"], found["syncs"]
+            text = f"{number(syncs)} with {shards} shards"
+            yield Figure(name, syncs, text, syncs <= 8 + shards)
+
+
+def _is_stall(what: str) -> str:
+    return f"true stall of {what}, against ours"
+
+
+TARGETS = (
+    Target(
+        "stall of a save, 300 MB, against a two-thread memcpy",
+        "at most 1.25 x",
+        _engine("stall", 1.25),
+    ),
+    Target(
+        "true stall in `fit` on JAX, 300 MB every 5 steps, against a two-thread memcpy",
+        "at most 1.5 x",
+        _fit("stepsave", "stall_over_memcpy", 1.5),
+    ),
+    Target(
+        "the loop of that `fit`, against no callback",
+        "at most 1.12 x",
+        _fit("stepsave", "loop_over_none", 1.12),
+    ),
+    Target(
+        _is_stall("Keras `BackupAndRestore`"),
+        "at least 10 x",
+        _fit("keras", "stall_over_stepsave", 10, least=True),
+    ),
+    Target(
+        _is_stall("Keras `OrbaxCheckpoint`, as it comes"),
+        "at least 25 x",
+        _fit("orbax_keras", "stall_over_stepsave", 25, least=True),
+    ),
+    Target(
+        _is_stall("Keras `OrbaxCheckpoint`, tuned"),
+        "at least 10 x",
+        _fit("orbax_keras_tuned", "stall_over_stepsave", 10, least=True),
+    ),
+    Target(
+        "time until durable, against a raw `O_DIRECT` write and its `fsync`",
+        "at most 1.15 x",
+        _engine("durable", 1.15),
+    ),
+    Target("CPU time per GB", "at most 0.25 s", _cpu),
+    Target("idle, steps of 200 µs", "at most 1 %", _idle),
+    Target(
+        "10,000 variables, 40 MB: stall over memcpy, per variable",
+        "at most 6 µs",
+        _variables,
+    ),
+    Target("first save against later ones", "at most 1.5 x", _first),
+    Target("peak memory over the two arenas", "at most +64 MiB", _memory),
+    Target("growth of memory, threads, open files", "none", _growth),
+    Target(
+        "restore from a cold disk, 1 GB: speed against a raw `O_DIRECT` read",
+        "at least 0.7 x",
+        _restore_raw,
+    ),
+    Target(
+        "restore into a model: speed against Keras `load_weights` from HDF5",
+        "at least 2 x",
+        _restore_keras,
+    ),
+    Target("syncs per save", "at most 8 and the shards", _syncs),
+)
