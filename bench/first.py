@@ -1,12 +1,15 @@
 """Is the first save slower than later ones? Each sample in a process of its own.
 
 `prepare` does ahead what a first save would have to do; what it takes is reported beside
-the stalls. A fresh process has nothing warm that a real first save would find cold.
+the stalls. A fresh process has nothing warm that a real first save would find cold. Python's
+garbage collector runs before the first save: a full collection of what importing JAX leaves
+behind takes as long as a save, and would fall into the first one by chance.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -37,6 +40,7 @@ def sample(framework: str, size_bytes: int, later: int, directory: Path | None) 
         begin_s = time.perf_counter()
         saver.prepare(state)
         prepare_s = time.perf_counter() - begin_s
+        gc.collect()
         times = [common.timed_save(saver, step, state) for step in range(later + 1)]
         common.check_restored(saver, state, later)
     memcpy = floors.Memcpy(size_bytes)
