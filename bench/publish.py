@@ -148,7 +148,7 @@ def _other_backends(collected: Collected) -> list[str]:
         return lines
     names = " | ".join(f"{BACKEND_NAMES[name]}, true stall" for name in results)
     lines += [f"| | {names} |", "|---|" + "---|" * len(results)]
-    keys = [key for key in SUBJECTS if SUBJECTS[key].loader is not None]
+    keys = [key for key, each in SUBJECTS.items() if each.loader is not None or each.is_floor]
     for key in keys:
         cells = [_stall(result, key) for result in results.values()]
         if any(cells):

@@ -25,6 +25,7 @@ class Subject:
         maker: Makes its callbacks for a directory and a number of steps between saves.
         loader: Reads back what it wrote by its own means; None for one that saves nothing.
         backends: Where it exists.
+        is_floor: Whether it does a part of what a save is, and saves nothing.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Subject:
     maker: Callable[[Path, int], list[Any]]
     loader: Callable[[Path, Any], Any] | None = None
     backends: tuple[str, ...] = ALL_BACKENDS
+    is_floor: bool = False
 
     @property
     def durable(self) -> bool:
@@ -45,7 +47,7 @@ class Subject:
 
     def saves(self, steps: int, every: int) -> int:
         """How many saves a fit of so many steps makes."""
-        return steps // every if self.loader is not None else 0
+        return steps // every if self.loader is not None or self.is_floor else 0
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -60,12 +62,12 @@ def saves_made(callbacks: list[Any]) -> int:
     """How many saves callbacks say they made in the last fit."""
     made = 0
     for callback in callbacks:
-        if hasattr(callback, "stats"):
+        if hasattr(callback, "saves"):
+            made += callback.saves
+        elif hasattr(callback, "stats"):
             stats = callback.stats()
             assert stats.failed == stats.skipped == 0, stats
             made += stats.started
-        else:
-            made += getattr(callback, "saves", 0)
     return made
 
 
@@ -87,6 +89,12 @@ def _stepsave(directory: Path, every: int) -> list[Any]:
 
 def _idle(directory: Path, _every: int) -> list[Any]:
     return _stepsave(directory, NEVER)
+
+
+def _copy(directory: Path, every: int) -> list[Any]:
+    from bench import peers
+
+    return [peers.CopyOnly(directory, save_freq=every, delete_checkpoint=False)]
 
 
 def _keras(directory: Path, every: int) -> list[Any]:
@@ -187,6 +195,15 @@ _LISTED = (
         "`stepsave.BackupAndRestore` with a `save_freq` that is never reached",
         "nothing",
         _idle,
+    ),
+    Subject(
+        "copy",
+        "copy only",
+        "the snapshot of `stepsave.BackupAndRestore`, into the same host memory, and nothing of "
+        "the rest of a save: no checksum, no write, no background",
+        "nothing",
+        _copy,
+        is_floor=True,
     ),
     Subject(
         "stepsave",
