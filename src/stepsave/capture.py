@@ -99,7 +99,7 @@ class Capture:
         pool, blueprint = self._fit(paths, arrays, device_name(leaves))
         pool.bind(blueprint.plan)
         if self._stager is not None:
-            self._stager.prepare(unwrap(leaves), pool.memories)
+            self._stager.prepare(unwrap(leaves))
 
     def begin(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
         """Begins a snapshot; `Snapshot.complete` makes it independent of the state.
@@ -145,6 +145,10 @@ class Capture:
             self._stager.unpin()  # before the memory goes
         self._pool = None
 
+    def _pin(self) -> None:
+        if self._stager is not None and self._pool is not None:
+            self._stager.pin(self._pool.memories)
+
     def _view(self, paths: Paths, leaves: Sequence[Any]) -> Views:
         """The leaves on the host, or what they will be there if they are staged."""
         if self._stager is not None and not self._stager.accepts(leaves):
@@ -154,6 +158,7 @@ class Capture:
         if not self._is_chosen:
             self._stager = choose_stager(leaves, self._mode)
             self._is_chosen = True
+            self._pin()
         if self._stager is None:
             return view_on_host(paths, leaves)
         return self._stager.describe(paths, leaves)
@@ -211,11 +216,13 @@ class Capture:
         if self._pool is not None and self._pool.capacity_bytes < plan.arena_bytes:
             self._drain()
             self._drop_pool()  # before new ones are made: there may be no room for both
-        pool = self._pool = self._pool or ArenaPool(plan)
+        if self._pool is None:
+            self._pool = ArenaPool(plan)
+            self._pin()
         self._blueprint = Blueprint.compile(plan, self._items, device)
         self._paths = paths
         self._dtypes = [array.dtype for array in arrays]
         self._shapes = [array.shape for array in arrays]
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
         self._split = [leaf for leaf, count in chunks.items() if count > 1]
-        return pool, self._blueprint
+        return self._pool, self._blueprint

@@ -1,5 +1,6 @@
 """Snapshots within device memory, with the CPU as the device: the same code as on others."""
 
+import importlib
 import threading
 
 import numpy as np
@@ -33,6 +34,9 @@ class Numbers:
         for part in ("big", "small"):
             state[part] = self._advance(state[part])
         return state
+
+    def stage_module(self):
+        return importlib.import_module(f"stepsave.snapshot.{self.kind}")
 
     def _full(self, shape, value, dtype="float32"):
         if self.kind == "jax":
@@ -119,6 +123,27 @@ def test_a_state_of_another_structure_is_staged_anew(tmp_path, numbers):
         assert_is_of(saver.restore(), 2)
         saver.save(3, {"only": np.arange(5.0), **numbers.state(3)})
         assert_is_of(saver.restore(), 3)
+
+
+def test_all_arenas_are_page_locked_with_and_without_prepare(tmp_path, numbers, monkeypatch):
+    stage = type(numbers.stage_module().make_stage(on_device=True))
+    pinned: list[int] = []
+    monkeypatch.setattr(stage, "pin", lambda _, memory: pinned.append(memory.ctypes.data))
+
+    def pinned_of(saver):
+        assert len(pinned) == len(set(pinned)) == 2, "each arena once"
+        found, pinned[:] = set(pinned), []
+        assert found == {memory.ctypes.data for memory in saver._capture._pool.memories}
+
+    with stepsave.Checkpointer(tmp_path / "prepared", snapshot="device") as saver:
+        saver.prepare(numbers.state(1))
+        pinned_of(saver)
+    with stepsave.Checkpointer(tmp_path / "not", snapshot="device") as saver:
+        saver.save(1, numbers.state(1))
+        pinned_of(saver)
+        saver.save(2, numbers.state(2, shape=(60, 5000)))  # takes larger arenas
+        pinned_of(saver)
+        assert_is_of(saver.restore(), 2)
 
 
 def test_skipped_saves_touch_no_device(tmp_path, numbers, monkeypatch):

@@ -133,9 +133,8 @@ class Stager:
                 forms.append(ArrayForm(np.shape(leaf), np.asarray(leaf).dtype))
         return forms
 
-    def prepare(self, leaves: Sequence[Any], arenas: Sequence[Bytes]) -> None:
+    def prepare(self, leaves: Sequence[Any]) -> None:
         """Does what can be done before the first save."""
-        self._arenas = arenas
         self._make_stage(leaves, on_device=self._mode != "host")
 
     def begin(self, leaves: Sequence[Any], plan: LayoutPlan, arena: Bytes) -> Source:
@@ -170,6 +169,13 @@ class Stager:
             return source(place[leaf]) if leaf in place else others[leaf]
 
         return host
+
+    def pin(self, arenas: Sequence[Bytes]) -> None:
+        """Takes note of the arenas that snapshots go to, for as long as `unpin` is not called."""
+        self._arenas = arenas
+        if self._stage is not None:
+            for memory in arenas:
+                self._stage.pin(memory)
 
     def unpin(self) -> None:
         """Forgets the arenas, before their memory goes. No transfer may be in flight."""
