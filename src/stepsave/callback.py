@@ -121,6 +121,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._batch_begun = 0
         self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
         self._save_is_due = False
+        self._steps: int | None = None  # of an epoch, if Keras knows
 
     # Keras's callback has these attributes, and its tests overwrite the files to see that
     # the backup is then unreadable.
@@ -189,6 +190,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         _set_initial_epoch(self._trained_model(), None)
         self._epoch = epoch
         self._in_epoch = True
+        self._steps = self._steps_per_epoch()
         self._batches_done = self._batches_ended = self._batch_begun = 0
         self._variables_checked = False
 
@@ -238,10 +240,9 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _advance(self, batches_done: int) -> None:
         """Takes note that so many batches of this epoch are done."""
-        steps = self._steps_per_epoch()
-        if steps is not None:
+        if self._steps is not None:
             # With several steps per execution Keras numbers the last one as if it were full.
-            batches_done = min(batches_done, steps)
+            batches_done = min(batches_done, self._steps)
         passed = batches_done - self._batches_done
         if passed <= 0:
             return
@@ -266,7 +267,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if self._global_step <= self._saved_step:
             return  # an epoch without batches: this state is saved already
         model = self._trained_model()
-        position = TrainingPosition(self._global_step, epoch, batch, self._steps_per_epoch())
+        position = TrainingPosition(self._global_step, epoch, batch, self._steps)
         variables = self._collect(saver, model)
         metadata = {
             "backend": keras.backend.backend(),
