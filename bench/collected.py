@@ -95,3 +95,12 @@ def percent_over(entry: Result) -> str:
     """A ratio of loops, as what it adds in percent."""
     added = (entry["median"] - 1) * 100
     return f"{added:+.1f} %" if abs(added) < 9.95 else f"{added:+.0f} %"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table, line by line."""
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]

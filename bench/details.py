@@ -8,6 +8,7 @@ from bench.collected import (
     BACKEND_NAMES,
     Collected,
     Result,
+    markdown_table,
     ms,
     number,
     percent_over,
@@ -65,14 +66,6 @@ def _packages(collected: Collected) -> list[str]:
     return [", ".join(named) + ".", ""] if named else []
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-
-
 def _engine(collected: Collected) -> list[str]:
     summary = collected.summary("engine")
     if not summary:
@@ -84,7 +77,7 @@ def _engine(collected: Collected) -> list[str]:
     rows += _kind_rows(summary, "durable", "time until durable, stall included")
     settings = (collected.get("engine") or {})["settings"]
     caption = f"{settings['state_bytes'] / 1e6:.0f} MB, {settings['rounds']} rounds."
-    return [caption, "", *_table(["", "time", "against the floor"], rows)]
+    return [caption, "", *markdown_table(["", "time", "against the floor"], rows)]
 
 
 def _kind_rows(summary: Result, kind: str, what: str) -> list[list[str]]:
@@ -111,7 +104,7 @@ def _first(collected: Collected) -> list[str]:
         for framework, entry in collected.summary("first").items()
     ]
     head = ["", "`prepare`", "stall of the first save", "of later ones", "first to later"]
-    return _table(head, rows) if rows else []
+    return markdown_table(head, rows) if rows else []
 
 
 def _variables(collected: Collected) -> list[str]:
@@ -134,7 +127,7 @@ def _variables(collected: Collected) -> list[str]:
         f"{settings['state_bytes'] / 1e6:.0f} MB; memcpy of them takes {ms(summary['memcpy_s'])}."
     )
     head = ["", "stall", "over memcpy, µs per variable", "durable after"]
-    return [caption, "", *_table(head, rows)]
+    return [caption, "", *markdown_table(head, rows)]
 
 
 def _writers(collected: Collected) -> list[str]:
@@ -145,7 +138,7 @@ def _writers(collected: Collected) -> list[str]:
     )
     rows = [[name, *(ms(summary[f"{name} {kind}"]) for kind in kinds)] for name in names]
     head = ["", "stall", "in the background", "durable after"]
-    return _table(head, rows) if rows else []
+    return markdown_table(head, rows) if rows else []
 
 
 def _restore(collected: Collected) -> list[str]:
@@ -166,7 +159,7 @@ def _restore(collected: Collected) -> list[str]:
         f"{result['settings']['state_bytes'] / 1e6:.0f} MB, files {cold} before each read; "
         "times against times, so less is faster."
     )
-    return [caption, "", *_table(["", "time", "speed", "takes"], rows)]
+    return [caption, "", *markdown_table(["", "time", "speed", "takes"], rows)]
 
 
 def _all_fits(collected: Collected) -> list[str]:
@@ -189,7 +182,7 @@ def _fits(result: Result) -> list[str]:
     head += ["before", "after", "MB on disk", "read back equal"]
     rows = [_fit_row(result, key) for key in result["summary"]["subjects"]]
     failed = [f"- {SUBJECTS[key].label}: failed: {text}" for key, text in result["failed"].items()]
-    return [caption, "", *_table(head, rows), *(["", *failed] if failed else [])]
+    return [caption, "", *markdown_table(head, rows), *(["", *failed] if failed else [])]
 
 
 def _fit_row(result: Result, key: str) -> list[str]:
@@ -230,7 +223,7 @@ def _sweep(collected: Collected, varied: str, what: str) -> list[str]:
         row += [_stall(run, key) for key in keys]
         rows.append(row)
     head = ["true stall on JAX", "memcpy", *(SUBJECTS[key].label for key in keys)]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _stall(run: Result, key: str) -> str:
@@ -260,7 +253,11 @@ def _idle(collected: Collected) -> list[str]:
                     "yes" if found["async_dispatch"] else "no",
                 ]
             )
-    return _table(["", "step", "loop, against none", "asynchronous dispatch"], rows) if rows else []
+    return (
+        markdown_table(["", "step", "loop, against none", "asynchronous dispatch"], rows)
+        if rows
+        else []
+    )
 
 
 def _resources(collected: Collected) -> list[str]:
@@ -290,7 +287,7 @@ def _resources(collected: Collected) -> list[str]:
     failed = [f"- {name}: failed: {text}" for name, text in result["failed"].items()]
     reason = result["syscalls_null_because"]
     notes = [*failed, *([f"- no syscalls: {reason}"] if reason else [])]
-    return [*_table(head, rows), *(["", *notes] if notes else [])]
+    return [*markdown_table(head, rows), *(["", *notes] if notes else [])]
 
 
 def _parts(collected: Collected) -> list[str]:
@@ -298,11 +295,15 @@ def _parts(collected: Collected) -> list[str]:
     if result is None:
         return []
     rows = [
-        [each["group"], each["name"].removeprefix("test_").replace("_", " "), f"{median} ms"]
+        [each["group"], each["name"].removeprefix("test_").replace("_", " "), _short(median_s)]
         for each in result["benchmarks"]
-        for median in [number(each["stats"]["median"] * 1e3)]
+        for median_s in [each["stats"]["median"]]
     ]
-    return _table(["", "", "median"], rows)
+    return markdown_table(["", "", "median"], rows)
+
+
+def _short(taken_s: float) -> str:
+    return f"{number(taken_s * 1e3)} ms" if taken_s >= 1e-4 else f"{number(taken_s * 1e6)} µs"
 
 
 def _settings(collected: Collected) -> list[str]:
@@ -310,4 +311,4 @@ def _settings(collected: Collected) -> list[str]:
     for backend in BACKEND_NAMES:
         found |= (collected.main_fits(backend) or {}).get("subjects", {})
     rows = [[each["label"], each["settings"], each["syncs"]] for each in found.values()]
-    return _table(["", "settings", "syncs before it says done"], rows) if rows else []
+    return markdown_table(["", "settings", "syncs before it says done"], rows) if rows else []

@@ -12,11 +12,12 @@ import argparse
 import os
 from pathlib import Path
 
-from bench import details, draw, targets
+from bench import details, draw, gpu_table, targets
 from bench.collected import (
     BACKEND_NAMES,
     Collected,
     Result,
+    markdown_table,
     ms,
     number,
     percent_over,
@@ -43,13 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
         for directory in sorted(options.results.iterdir())
         if directory.is_dir() and any(directory.glob("*.json"))
     ]
-    for collected in machines:
+    gpus = [collected for collected in machines if gpu_table.results(collected)]
+    others = [collected for collected in machines if collected not in gpus]
+    for collected in others:
         draw.draw(collected)
-    # Those with whole fits first: they say most.
-    machines.sort(key=lambda collected: collected.main_fits("jax") is None)
-    short = [overview(collected, options.readme.parent) for collected in machines]
-    replace(options.readme, "figures", "\n".join(short))
-    replace(options.details, "details", "\n".join(map(details.of_machine, machines)))
+    # The one with most results first: it says most. The README shows no other.
+    others.sort(key=lambda collected: -len(collected.results))
+    short = [overview(collected, options.readme.parent) for collected in others[:1]]
+    replace(options.readme, "figures", "\n".join([*short, *gpu_table.overview(gpus)]))
+    long = [*map(details.of_machine, others), *("\n".join(gpu_table.details(c)) for c in gpus)]
+    replace(options.details, "details", "\n".join(long))
 
 
 def replace(document: Path, mark: str, text: str) -> None:
@@ -93,7 +97,7 @@ def _systems(collected: Collected, result: Result) -> list[str]:
     head = ["", "true stall per save", "against ours", "the loop", "held up, p50 / p99"]
     head += ["CPU s per GB", "durable"]
     rows = [_system(collected, result, key) for key in result["subjects"] if key != "none"]
-    return [caption, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
+    return [caption, "", *markdown_table(head, rows)]
 
 
 def _noise(summary: Result) -> str:
@@ -102,18 +106,19 @@ def _noise(summary: Result) -> str:
     return f"{low:+.1f} to {high:+.1f} %"
 
 
-def _system(collected: Collected, result: Result, key: str) -> str:
+def _system(collected: Collected, result: Result, key: str) -> list[str]:
     label = SUBJECTS[key].label if key in SUBJECTS else key
     if key in result["failed"]:
-        return f"| {label} | failed, see bench/README.md | | | | | |"
+        return [label, "failed, see bench/README.md", *[""] * 5]
     found = result["summary"]["subjects"][key]
     loop = percent_over(found["loop_over_none"])
     if "stall_over_none_s" not in found:
-        return f"| {label} | | | {loop} | | | |"
+        return [label, "", "", loop, "", "", ""]
     against = "1" if key == "stepsave" else NOT_MEASURED
     if key != "stepsave" and "stall_over_stepsave" in found:
         against = times(found["stall_over_stepsave"], bold=True)
-    cells = [
+    return [
+        label,
         ms(found["stall_over_none_s"], bold=key == "stepsave"),
         against,
         loop,
@@ -121,7 +126,6 @@ def _system(collected: Collected, result: Result, key: str) -> str:
         number(found["cpu_s_per_gb"]["median"]),
         SYNCS[result["subjects"][key]["syncs"]],
     ]
-    return f"| {label} | {' | '.join(cells)} |"
 
 
 def _held_up(collected: Collected, result: Result, key: str) -> str:

@@ -134,6 +134,33 @@ def test_decode_layout(benchmark, leaves):
     benchmark.pedantic(decode_layout, (encoded, "bench"), rounds=5)
 
 
+@pytest.mark.benchmark(group="the hooks of the callback, no save due")
+def test_hooks_of_one_step(benchmark, tmp_path):
+    import keras
+
+    class EnoughError(Exception):
+        """The hooks were timed; what is left of the epoch is not needed."""
+
+    class Timed(keras.callbacks.Callback):
+        def on_train_batch_end(self, *_, **__):
+            steps = iter(range(1_000_000_000))
+
+            def hooks() -> None:
+                step = next(steps)
+                backup.on_train_batch_begin(step)
+                backup.on_train_batch_end(step)
+
+            benchmark.pedantic(hooks, rounds=200, iterations=1000)
+            raise EnoughError
+
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    backup = stepsave.BackupAndRestore(tmp_path / "backup", save_freq=10**9)
+    data = np.ones((1_000_000, 2), np.float32)  # more steps than are counted
+    with pytest.raises(EnoughError):
+        model.fit(data, data, batch_size=1, verbose=0, callbacks=[backup, Timed()])
+
+
 @pytest.mark.parametrize("leaves", [100, 10_000])
 @pytest.mark.benchmark(group="save of small arrays, until it returns")
 def test_stall_of_small_arrays(benchmark, tmp_path, leaves):
