@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,6 @@ class Arena:
         self.bytes = allocate_pages(capacity_bytes, inherited=False)
         self._plan: LayoutPlan | None = None
         self._runs: list[Run] = []
-        self._runs_of: list[list[Run]] = []  # by shard
 
     def touch(self, part: int, parts: int) -> None:
         """Makes a share of the pages present, so that no snapshot pays for page faults."""
@@ -89,9 +88,6 @@ class Arena:
             self.bytes[:] = 0
         self._plan = plan
         self._runs = compile_runs(plan, self.bytes)
-        self._runs_of = [[] for _ in range(plan.shard_count)]
-        for run in self._runs:
-            self._runs_of[run.shard].append(run)
 
     def begin(self, source: Source) -> Filling:
         """Begins to fill the arena with a state of the bound plan; `Filling.work` does it."""
@@ -103,10 +99,6 @@ class Arena:
         assert self._plan is not None
         size_bytes = self._plan.shard_bytes
         return self.bytes[number * size_bytes : (number + 1) * size_bytes]
-
-    def ranges(self, number: int, filling: Filling) -> Iterator[tuple[int, int]]:
-        """Yields what of a shard is to be written next, as `Filling.ranges` does."""
-        return filling.ranges(number, self._runs_of[number])
 
     def digest(self, number: int) -> int:
         """What `BackupRecord.shard_digests` describes, of a shard that is sealed."""
@@ -179,17 +171,15 @@ class ArenaPool:
 
     def fill(self, filling: Filling) -> None:
         """Returns when a state is in its arena; the calling thread copies too."""
-        self._submit(filling, self._threads - 1)
-        try:
+        with _failing(filling):
+            self._submit(filling, self._threads - 1)
             filling.work()
             filling.wait()
-        except BaseException as e:
-            filling.fail(e)
-            raise
 
     def fill_later(self, filling: Filling) -> None:
         """Has a state copied into its arena by background threads."""
-        self._submit(filling, self._threads)
+        with _failing(filling):
+            self._submit(filling, self._threads)
 
     def _submit(self, filling: Filling, threads: int) -> None:
         for _ in range(threads):
@@ -207,6 +197,16 @@ class ArenaPool:
         """Ends the helper threads. The memory goes when the last view of it does."""
         self.wait_touched()
         self._helpers.shutdown()
+
+
+@contextlib.contextmanager
+def _failing(filling: Filling) -> Generator[None]:
+    """Gives a state up if the body raises: nobody must wait for what nobody fills."""
+    try:
+        yield
+    except BaseException as e:
+        filling.fail(e)
+        raise
 
 
 def _allocate(capacity_bytes: int) -> list[Arena]:

@@ -214,14 +214,14 @@ class Checkpointer:
             handle = SaveHandle(step, 0, skipped=True)
         else:
             handle = SaveHandle(step, snapshot.blueprint.plan.state_bytes)
+            # First, so that nothing else wants memory or cores while training waits for it. Of
+            # a state that is staged most is still on its way then, and written as it arrives.
             try:
-                # The first bytes are on their way to disk while the last are still copied.
-                self._writer.start(snapshot, handle, training, began_s)
                 snapshot.complete()
-            except BaseException as e:
-                snapshot.filling.fail(e)
-                handle.wait_ended(None)  # the writer puts everything away
+            except BaseException:
+                snapshot.release()
                 raise
+            self._writer.start(snapshot, handle, training, began_s)
             self._last_step = step
         handle.stall_s = time.perf_counter() - began_s
         self._log.add(handle)

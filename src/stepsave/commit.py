@@ -21,9 +21,8 @@ import os
 import time
 from collections.abc import Mapping
 
-from crc32c import crc32c
-
 from stepsave import orbax
+from stepsave.checksum import crc32c
 from stepsave.errors import CorruptBackupError
 from stepsave.inventory import (
     COMMIT,

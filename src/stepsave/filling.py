@@ -4,13 +4,13 @@ A plan is compiled into *runs*, each a piece of the arena that one thread fills.
 threads claim runs front to back. How far they have come is known per shard, so that the
 first bytes are being written while the last are still copied.
 
-Small chunks get their checksums as they are copied, all of a run in one call. The checksum
-of a large chunk is left to `seal_shard`, because training need not wait for it.
+Each chunk gets its checksum as it is copied, while it is still in the cache of the core that
+copied it: read again from memory later it would cost several times as much, and take memory
+bandwidth from the training that goes on.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import threading
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from crc32c import crc32c
 
+from stepsave.checksum import crc32c
 from stepsave.layout import CHECKSUM_BYTES
 from stepsave.snapshot import HostArray
 from stepsave.spec import DTYPES, ChunkSpec, LayoutPlan
@@ -38,8 +38,12 @@ _SMALL_BYTES = 64 << 10
 _PACK_BYTES = 512 << 10
 """The most that such a run copies before it is checked: it is in a core's own cache then."""
 
+_CACHED_BYTES = 512 << 10
+"""How much of a large chunk is copied before it is checked: it is in the core's cache then.
+Less costs more turns at the interpreter's lock."""
+
 PIECE_BYTES = 8 << 20
-"""How much is written at once: enough for the disk, and the rest is being checked meanwhile."""
+"""How much is written at least, while the rest is still on its way: enough for the disk."""
 
 # NumPy copies these dtypes with a plain loop over bytes; others go through slower code
 # that also holds the GIL, so extension types are copied as unsigned integers.
@@ -60,11 +64,7 @@ class Run(Protocol):
         ...
 
     def fill(self, source: Source) -> None:
-        """Copies the chunks in."""
-        ...
-
-    def seal(self) -> tuple[int, int] | None:
-        """Writes the checksums that `fill` left out; tells where in the arena, from and to."""
+        """Copies the chunks in, and writes the checksum of each behind it."""
         ...
 
 
@@ -89,9 +89,6 @@ class _Pack:
         checksums = np.fromiter(map(crc32c, self.sealed), "<u4", len(self.sealed))
         self.arena[self.seals] = checksums.view(np.uint8).reshape(-1, CHECKSUM_BYTES)
 
-    def seal(self) -> None:
-        return None
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Slab:
@@ -102,23 +99,24 @@ class _Slab:
     leaf: int
     source_bytes: int
     target: Bytes
-    sealed: memoryview  # the target, and zeros behind it in the last chunk of a leaf
-    arena: Bytes
-    seal_begin: int
+    padding: memoryview  # zeros behind the target, in the last chunk of a leaf
+    seal: Bytes  # where the checksum goes
 
     def fill(self, source: Source) -> None:
         array = source(self.leaf)
+        data = None
         if array is not None:
-            begin = self.source_bytes
-            # One call: each time that a thread gives up the interpreter's lock and takes it
-            # again, it may have to wait.
-            np.copyto(self.target, _flat(array)[begin : begin + len(self.target)])
-
-    def seal(self) -> tuple[int, int]:
-        begin, end = self.seal_begin, self.seal_begin + CHECKSUM_BYTES
-        checksum = crc32c(self.sealed).to_bytes(CHECKSUM_BYTES, "little")
-        self.arena[begin:end] = np.frombuffer(checksum, np.uint8)
-        return begin, end
+            data = _flat(array)[self.source_bytes : self.source_bytes + len(self.target)]
+        checksum = 0
+        for begin in range(0, len(self.target), _CACHED_BYTES):
+            piece = self.target[begin : begin + _CACHED_BYTES]
+            if data is not None:
+                np.copyto(piece, data[begin : begin + _CACHED_BYTES])
+            # Of the copy, not of the source, which somebody may be changing against the rules:
+            # what is saved must be readable even then.
+            checksum = crc32c(piece.data, checksum)
+        checksum = crc32c(self.padding, checksum)
+        self.seal[:] = np.frombuffer(checksum.to_bytes(CHECKSUM_BYTES, "little"), np.uint8)
 
 
 def compile_runs(plan: LayoutPlan, arena: Bytes) -> list[Run]:
@@ -226,37 +224,16 @@ class Filling:
                 seen_bytes = self._final_bytes[shard]
             yield seen_bytes
 
-    def ranges(self, shard: int, runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
-        """Yields what of a shard is to be written next, from and to, all of it sealed in the end.
+    def ranges(self, shard: int) -> Iterator[tuple[int, int]]:
+        """Yields what of a shard is to be written next, from and to; in the end all of it.
 
-        While states are still being copied, checksums would slow that down: what is there is
-        to be written without them, and the few blocks that hold them once more afterwards.
-
-        Args:
-            shard: Number of the shard.
-            runs: Its runs, in order.
+        Raises:
+            BaseException: As `wait`.
         """
         begin_bytes = 0
-        unsealed: list[Run] = []
-        pending = collections.deque(runs)
-        for final_bytes in self.final(shard):
-            while begin_bytes < final_bytes:
-                end_bytes = begin_bytes
-                while pending and end_bytes - begin_bytes < PIECE_BYTES:
-                    if pending[0].end_bytes > final_bytes:
-                        break
-                    run = pending.popleft()
-                    end_bytes = run.end_bytes
-                    if self._first_open < len(self._runs):
-                        unsealed.append(run)
-                    else:
-                        run.seal()
-                end_bytes = end_bytes if pending else self._shard_bytes
-                yield begin_bytes, end_bytes
-                begin_bytes = end_bytes
-        start_bytes = shard * self._shard_bytes
-        for place in filter(None, [run.seal() for run in unsealed]):
-            yield place[0] - start_bytes, place[1] - start_bytes
+        for end_bytes in self.final(shard):
+            yield begin_bytes, end_bytes
+            begin_bytes = end_bytes
 
     def _check(self) -> None:
         if self._error is not None:
@@ -328,9 +305,15 @@ def _make_pack(
 def _make_slab(arena: Bytes, shard: int, end_bytes: int, chunk: ChunkSpec) -> _Slab:
     start = chunk.offset_bytes
     end = start + chunk.stored_bytes
-    target = arena[start : start + chunk.data_bytes]
-    sealed = arena.data[start:end]
-    return _Slab(shard, end_bytes, chunk.leaf, chunk.source_bytes, target, sealed, arena, end)
+    return _Slab(
+        shard,
+        end_bytes,
+        chunk.leaf,
+        chunk.source_bytes,
+        target=arena[start : start + chunk.data_bytes],
+        padding=arena.data[start + chunk.data_bytes : end],
+        seal=arena[end : end + CHECKSUM_BYTES],
+    )
 
 
 def _seal_places(chunks: Sequence[ChunkSpec]) -> np.ndarray[Any, np.dtype[np.intp]]:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 from typing import Any, cast
 
-from crc32c import crc32c
-
+from stepsave.checksum import crc32c
 from stepsave.errors import CorruptBackupError, FormatVersionError
 from stepsave.spec import FORMAT_VERSION, BackupRecord, FileRecord
 

@@ -17,7 +17,7 @@ import itertools
 import struct
 from collections.abc import Iterable, Sequence
 
-from crc32c import crc32c
+from stepsave.checksum import crc32c
 
 __all__ = ("IndexFiles", "Range", "encode")
 

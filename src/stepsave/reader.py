@@ -9,10 +9,10 @@ import warnings
 from typing import Any, cast
 
 import numpy as np
-from crc32c import crc32c
 
 from stepsave import orbax
 from stepsave.arena import allocate_pages
+from stepsave.checksum import crc32c
 from stepsave.commit import CommitProtocol
 from stepsave.errors import CorruptBackupError, StepsaveError
 from stepsave.inventory import COMMIT, TRAINING_PATH

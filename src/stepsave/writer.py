@@ -97,15 +97,14 @@ class BackgroundWriter:
                 self._store.write_direct(
                     f"{directory}/{orbax.shard_path(number)}",
                     arena.shard(number).data,
-                    arena.ranges(number, snapshot.filling),
+                    snapshot.filling.ranges(number),
                 )
 
             return write_direct
         shards = ShardArray(self._store, directory, plan)
 
         def write_whole(number: int, snapshot: Snapshot) -> None:
-            ranges = snapshot.arena.ranges(number, snapshot.filling)
-            collections.deque(ranges, maxlen=0)  # until all of it is there
+            collections.deque(snapshot.filling.final(number), maxlen=0)  # until all is there
             shards.write(number, snapshot.arena.shard(number))
 
         return write_whole

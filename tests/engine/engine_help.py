@@ -183,5 +183,5 @@ def filled(arrays, arena=None, threads=1):
         for future in [executor.submit(filling.work) for _ in range(threads)]:
             future.result()
     for number in range(plan.shard_count):
-        collections.deque(arena.ranges(number, filling), maxlen=0)
+        collections.deque(filling.ranges(number), maxlen=0)
     return plan, arena

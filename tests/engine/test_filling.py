@@ -103,7 +103,7 @@ def test_what_is_written_is_what_is_there_when_it_is_said(monkeypatch):
 
     def write(number):
         start = number * plan.shard_bytes
-        for begin, end in arena.ranges(number, begun_filling):
+        for begin, end in begun_filling.ranges(number):
             on_disk[start + begin : start + end] = arena.bytes[start + begin : start + end]
 
     writers = [threading.Thread(target=write, args=[n]) for n in range(plan.shard_count)]
@@ -134,13 +134,13 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     half = arena.begin(source)
     worker = threading.Thread(target=half.work)
     worker.start()
-    ranges = arena.ranges(0, half)
+    ranges = half.ranges(0)
     assert next(ranges)[0] == 0
     gate.set()
     worker.join()
     list(ranges)
     for number in range(1, plan.shard_count):
-        list(arena.ranges(number, half))
+        list(half.ranges(number))
     assert_sealed(plan, arena)
 
 
@@ -171,16 +171,16 @@ def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
     waiter.join()
     assert len(caught) == 1
     with pytest.raises(RuntimeError, match="device is gone"):
-        list(arena.ranges(0, broken))
+        list(broken.ranges(0))
 
 
 def test_a_filling_given_up_wakes_its_writers():
-    _, arena, waiting = begun([random_array((1000,), "uint8")])
+    *_, waiting = begun([random_array((1000,), "uint8")])
     timer = threading.Timer(0.05, waiting.fail, [KeyboardInterrupt()])
     timer.start()
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(arena.ranges(0, waiting))
+        list(waiting.ranges(0))
     assert time.monotonic() - began_s < 10
     timer.join()
 
@@ -204,5 +204,5 @@ def test_what_somebody_else_has_copied_is_sealed_all_the_same():
     arena.bytes[plan.chunks[0].offset_bytes + 10 :][:4] = 0
     again = arena.begin(lambda _: None)
     again.work()
-    list(arena.ranges(0, again))
+    list(again.ranges(0))
     assert (arena.bytes == sealed).all()
