@@ -172,18 +172,19 @@ class ArenaPool:
     def fill(self, filling: Filling) -> None:
         """Returns when a state is in its arena; the calling thread copies too."""
         with _failing(filling):
-            self._submit(filling, self._threads - 1)
+            self._call_helpers(filling)
             filling.work()
             filling.wait()
 
     def fill_later(self, filling: Filling) -> None:
         """Has a state copied into its arena by background threads."""
         with _failing(filling):
-            self._submit(filling, self._threads)
+            self._helpers.submit(filling.work)
+            self._call_helpers(filling)
 
-    def _submit(self, filling: Filling, threads: int) -> None:
-        for _ in range(threads):
-            self._helpers.submit(filling.work)  # what it raises, all who wait for it raise
+    def _call_helpers(self, filling: Filling) -> None:
+        for _ in range(self._threads - 1):
+            self._helpers.submit(filling.help)  # what it raises, all who wait for it raise
 
     def release(self, arena: Arena, filling: Filling | None = None) -> None:
         """Gives a leased arena back, when no thread fills it any more."""

@@ -1,8 +1,8 @@
 """How a state gets into an arena: who copies what, and how far all of it has come.
 
-A plan is compiled into *runs*, each a piece of the arena that one thread fills. Several
-threads claim runs front to back. How far they have come is known per shard, so that the
-first bytes are being written while the last are still copied.
+A plan is compiled into *runs*, each a piece of the arena that one thread fills: a *slab*, which
+is one large chunk, or a *pack* of small ones. How far they have come is known per shard, so
+that the first bytes can be written while the last are still on their way from a device.
 
 Each chunk gets its checksum as it is copied, while it is still in the cache of the core that
 copied it: read again from memory later it would cost several times as much, and take memory
@@ -150,7 +150,9 @@ class Filling:
         self._source: Source | None = source
         self._shard_bytes = plan.shard_bytes
         self._changed = threading.Condition()
-        self._claims = itertools.count()
+        # Shared by those who fill. Taking the next is one call into C: none is taken twice.
+        self._packs = iter([i for i, run in enumerate(runs) if isinstance(run, _Pack)])
+        self._slabs = iter([i for i, run in enumerate(runs) if isinstance(run, _Slab)])
         self._is_done = bytearray(len(runs))
         self._first_open = 0  # all runs before it are done
         self._final_bytes = [0] * plan.shard_count
@@ -162,21 +164,36 @@ class Filling:
                 self._final_bytes[shard] = plan.shard_bytes
 
     def work(self) -> None:
-        """Fills runs until none is left; any number of threads may do so at once.
+        """Fills runs until none is left.
 
         Raises:
-            BaseException: What went wrong in this thread; the others then stop too.
+            BaseException: What went wrong in this thread; all others then stop too.
         """
+        self._fill(itertools.chain(self._packs, self._slabs))
+
+    def help(self) -> None:
+        """Fills runs while another thread is at `work`; any number of threads may do so.
+
+        Only large chunks: copying small ones is mostly Python, and two threads that take
+        turns at the interpreter's lock for each of them are slower than one.
+
+        Raises:
+            BaseException: As `work`.
+        """
+        self._fill(self._slabs)
+
+    def _fill(self, numbers: Iterator[int]) -> None:
         with self._changed:
             source = self._source
             if source is None:
                 return  # the others were faster, or the state was given up
             self._workers += 1
         try:
-            # A claim is one call into C, so no two threads get the same number.
-            while self._error is None and (number := next(self._claims)) < len(self._runs):
+            for number in numbers:
                 self._runs[number].fill(source)
                 self._advance(number)
+                if self._error is not None:
+                    break
         except BaseException as e:
             self.fail(e)
             raise

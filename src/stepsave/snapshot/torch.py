@@ -43,7 +43,17 @@ _BITS = {
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Returns tensors as NumPy arrays; CPU tensors share their memory."""
-    return [_view(leaf) for leaf in leaves]
+    return [_view_plain(leaf) for leaf in leaves]
+
+
+def _view_plain(leaf: Any) -> np.ndarray[Any, Any]:
+    """`_view`, trying first what is enough for most tensors: a state may have ten thousand."""
+    if isinstance(leaf, torch.Tensor) and leaf.dtype not in _BITS:
+        try:
+            return leaf.detach().numpy()
+        except (RuntimeError, TypeError):
+            pass  # on a device, conjugated, sparse …: `_view` knows what to do or to say
+    return _view(leaf)
 
 
 def _view(leaf: Any) -> np.ndarray[Any, Any]:
