@@ -63,9 +63,9 @@ RUNS = (
     _fits("sweep", "--backend jax --megabytes 40 --variables 100 --repeats 3", SCALED),
     _fits("sweep", "--backend jax --megabytes 40 --variables 1000 --repeats 3", SCALED),
     _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --steps 13 --repeats 3", SCALED),
-    _fits("idle", "--backend jax --idle --repeats 40"),
-    _fits("idle", "--backend torch --idle"),
-    _fits("idle", "--backend tensorflow --idle"),
+    _fits("idle", "--backend jax --idle --repeats 250"),
+    _fits("idle", "--backend torch --idle --steps 500"),
+    _fits("idle", "--backend tensorflow --idle --steps 500"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     Run("resources", "bench.resources"),
 )

@@ -240,7 +240,7 @@ def _idle(collected: Collected) -> list[str]:
     rows: list[list[str]] = []
     for backend, name in BACKEND_NAMES.items():
         result = collected.get(f"idle-{backend}")
-        for key in ("none", "sync", "idle") if result else ():
+        for key in ("none", "bare", "sync", "idle") if result else ():
             found = subject(result, key)
             if result is None or found is None:
                 continue

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.stats import percentile, spread
+from bench.stats import interval_of_median, percentile, ratio_of_medians, spread
 
 BEFORE, AFTER = 2, 10  # steps shown around a save
 
@@ -77,6 +77,10 @@ def _subject(
             figures[f"loop_over_{baseline}"] = spread(
                 per_round(lambda f, b=baseline: _mean(f, key, "loop_s") / _mean(f, b, "loop_s"))
             )
+            if settings.idle:
+                figures[f"loop_over_{baseline}_interval"] = interval_of_median(
+                    per_round(lambda f, b=baseline: _mean(f, key, "loop_s") / _mean(f, b, "loop_s"))
+                )
             if saves:
                 stalls_s = [value / saves for value in over(baseline, "loop_s")]
                 figures[f"stall_over_{baseline}_s"] = spread(stalls_s)
@@ -105,7 +109,7 @@ def _saving(
     gigabytes = saves * state_bytes / 1e9
     cpu_s = [_mean(found, key, "cpu_s") - _mean(found, "none", "cpu_s") for found in by_round]
     figures: dict[str, Any] = {
-        "stall_over_memcpy": spread(_ratios(stalls_s(key), memcpy_s)),
+        "stall_over_memcpy": ratio_of_medians(stalls_s(key), memcpy_s),
         "blocked_first_s": spread([sample["saves_s"][0] for sample in fits]),
         "cpu_s_per_gb": spread([value / gigabytes for value in cpu_s]),
         "disk_bytes": max(sample["disk_bytes"] for sample in fits),
@@ -118,17 +122,10 @@ def _saving(
             "samples": len(later_s),
         }
     if all("stepsave" in found for found in by_round):
-        ours_s = stalls_s("stepsave")
-        defined = _ratios(stalls_s(key), ours_s)
-        figures["rounds_without_measurable_stepsave_stall"] = sum(s <= 0 for s in ours_s)
-        if defined:
-            figures["stall_over_stepsave"] = spread(defined)
+        ratio = ratio_of_medians(stalls_s(key), stalls_s("stepsave"))
+        if ratio is not None:
+            figures["stall_over_stepsave"] = ratio
     return figures
-
-
-def _ratios(values: list[float], floors: list[float]) -> list[float]:
-    """Round by round; a floor of nothing has no ratio."""
-    return [a / b for a, b in zip(values, floors, strict=True) if b > 0]
 
 
 def _around(fits: list[Sample], every: int) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from bench.subjects import ALL_BACKENDS, SUBJECTS, saves_made
 
 MEMCPY_PER_FIT = 3
 OURS = ("none", "sync", "idle", "stepsave")  # without these there is nothing to compare with
-IDLE_SUBJECTS = ("sync", "idle")
-IDLE = {"repeats": 11, "megabytes": 0.05, "variables": 6, "batch_size": 8, "steps": 3000}
+IDLE_SUBJECTS = ("bare", "sync", "idle")
+LOOP_SUBJECTS = tuple(key for key in SUBJECTS if key != "bare")
+IDLE = {"repeats": 60, "megabytes": 0.05, "variables": 6, "step_ms": 0.35, "steps": 1000}
 TRACE = {"steps": 57, "every": 15}
 QUICK = {"megabytes": 3.0, "variables": 15, "steps": 13, "repeats": 2, "step_ms": 5.0}
 
@@ -170,13 +171,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if kinds.idle:
         parser.set_defaults(**IDLE)
         if kinds.quick:
-            parser.set_defaults(steps=50)
+            parser.set_defaults(steps=50, repeats=3)
     options = parser.parse_args(arguments)
     if options.subjects is None:
         options.subjects = [
             key
             for key, subject in SUBJECTS.items()
-            if options.backend in subject.backends and (not options.idle or key in IDLE_SUBJECTS)
+            if options.backend in subject.backends
+            and key in (IDLE_SUBJECTS if options.idle else LOOP_SUBJECTS)
         ]
     options.subjects = [key for key in options.subjects if key != "none"]
     if options.trace and options.quick:

@@ -5,7 +5,7 @@
     python -m bench.gpu --allow-cpu --quick      # a rehearsal, tiny: does it run?
 
 Needs no Keras: only this repository's `bench` and `src`, NumPy, tensorstore, ml_dtypes and
-crc32c, all of which may come from a folder of wheels on PYTHONPATH. Each framework and size
+awscrt, all of which may come from a folder of wheels on PYTHONPATH. Each framework and size
 runs in a process of its own; what does not fit, fails or is absent is reported as that.
 """
 

@@ -12,7 +12,7 @@ PACKAGES = (
     "stepsave",
     "numpy",
     "tensorstore",
-    "crc32c",
+    "awscrt",
     "ml-dtypes",
     "keras",
     "h5py",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+DRAWS = 1000
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -15,6 +18,58 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "p90": percentile(values, 90),
         "samples": len(values),
     }
+
+
+def interval_of_median(values: Sequence[float]) -> dict[str, Any]:
+    """The median, and between what it lies in 95 of 100 repetitions, by resampling."""
+
+    def resampled(rng: random.Random) -> float:
+        return statistics.median(rng.choices(values, k=len(values)))
+
+    found = _resampled(statistics.median(values), resampled, (2.5, 97.5), len(values))
+    return {"median": found["median"], "low": found["p10"], "high": found["p90"]}
+
+
+def ratio_of_medians(
+    values: Sequence[float], floors: Sequence[float], low: float = 10, high: float = 90
+) -> dict[str, Any] | None:
+    """The ratio of two medians, with percentiles of what resampled rounds make of it.
+
+    Differences of whole fits may be zero or less in a single round, where a ratio means
+    nothing; their medians over all rounds are not.
+
+    Args:
+        values: By round.
+        floors: Of the same rounds; a round is drawn with both.
+        low: Percentile.
+        high: Percentile.
+
+    Returns:
+        None if the floors have no median over zero.
+    """
+    if statistics.median(floors) <= 0:
+        return None
+    rounds = list(zip(values, floors, strict=True))
+
+    def resampled(rng: random.Random) -> float | None:
+        above, below = zip(*rng.choices(rounds, k=len(rounds)), strict=True)
+        floor = statistics.median(below)
+        return statistics.median(above) / floor if floor > 0 else None
+
+    ratio = statistics.median(values) / statistics.median(floors)
+    return _resampled(ratio, resampled, (low, high), len(rounds))
+
+
+def _resampled(
+    median: float,
+    draw: Callable[[random.Random], float | None],
+    percents: tuple[float, float],
+    samples: int,
+) -> dict[str, Any]:
+    rng = random.Random(0)
+    drawn = [value for _ in range(DRAWS) if (value := draw(rng)) is not None]
+    low, high = (percentile(drawn, percent) for percent in percents)
+    return {"median": median, "p10": low, "p90": high, "samples": samples}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -97,6 +97,18 @@ def _copy(directory: Path, every: int) -> list[Any]:
     return [peers.CopyOnly(directory, save_freq=every, delete_checkpoint=False)]
 
 
+def _copy_write(directory: Path, every: int) -> list[Any]:
+    from bench import peers
+
+    return [peers.CopyAndWrite(directory, save_freq=every, delete_checkpoint=False)]
+
+
+def _bare(_directory: Path, _every: int) -> list[Any]:
+    import keras
+
+    return [keras.callbacks.Callback()]
+
+
 def _keras(directory: Path, every: int) -> list[Any]:
     import keras
 
@@ -204,6 +216,22 @@ _LISTED = (
         "nothing",
         _copy,
         is_floor=True,
+    ),
+    Subject(
+        "copy_write",
+        "copy and raw write",
+        "the same snapshot; then one thread writes it with `O_DIRECT` over one file and syncs "
+        "that: no checksum, no name, no commit",
+        "data",
+        _copy_write,
+        is_floor=True,
+    ),
+    Subject(
+        "bare",
+        "callback without hooks",
+        "`keras.callbacks.Callback()`: what Keras does for any callback in the list",
+        "nothing",
+        _bare,
     ),
     Subject(
         "stepsave",

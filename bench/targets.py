@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from bench.collected import BACKEND_NAMES, Collected, number, subject
+from bench.subjects import SUBJECTS
 
+FLOORS = ("copy", "copy_write")
 FRAMEWORK_NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch"}
 GROWTH_BYTES = 1 << 20  # over all saves: less is noise of the allocator
 
@@ -98,10 +100,11 @@ def _idle(collected: Collected) -> Iterator[Figure]:
         found = subject(result, "idle")
         if result is None or found is None:
             continue
-        added = (found["loop_over_none"]["median"] - 1) * 100
+        interval = found["loop_over_none_interval"]
+        added, low, high = ((interval[key] - 1) * 100 for key in ("median", "low", "high"))
         steps = result["settings"]["steps"]
         step_us = result["summary"]["subjects"]["none"]["loop_s"]["median"] / steps * 1e6
-        text = f"{added:+.1f} % (steps of {number(step_us)} µs)"
+        text = f"{added:+.1f} % ({low:+.1f} to {high:+.1f} %, steps of {number(step_us)} µs)"
         yield Figure(name, added, text, added <= 1)
 
 
@@ -135,7 +138,7 @@ def _growth(collected: Collected) -> Iterator[Figure]:
         if not found:
             continue
         early, late = found["early"], found["late"]
-        grown = late["rss_bytes"] - early["rss_bytes"]
+        grown = found["grown_bytes"]
         same = all(late[key] <= early[key] for key in ("threads", "open_files"))
         text = f"{number(grown / 1024)} KiB in {late['saves'] - early['saves']} saves"
         yield Figure(name, grown, text, same and grown <= GROWTH_BYTES)
@@ -170,22 +173,31 @@ def _syncs(collected: Collected) -> Iterator[Figure]:
 
 def _limit_of_fit(what: str, unit: str = " x") -> Callable[[Collected], str]:
     def limit(collected: Collected) -> str:
-        entry = (subject(collected.main_fits("jax"), "copy") or {}).get(what)
-        return f"copy only: {number(entry['median'])}{unit}" if entry else ""
+        result = collected.main_fits("jax")
+        found = ((key, (subject(result, key) or {}).get(what)) for key in FLOORS)
+        return ", ".join(
+            f"{SUBJECTS[key].label}: {number(entry['median'])}{unit}"
+            for key, entry in found
+            if entry
+        )
 
     return limit
 
 
 def _limit_of_peer(key: str) -> Callable[[Collected], str]:
-    """How much less than a peer's a stall can be that is a copy and nothing else."""
+    """How much less than a peer's the least stall is that a save can have."""
 
     def limit(collected: Collected) -> str:
         result = collected.main_fits("jax")
-        stalls_s = [
-            (subject(result, each) or {}).get("stall_over_none_s", {}).get("median", 0)
-            for each in (key, "copy")
-        ]
-        return f"copy only: {number(stalls_s[0] / stalls_s[1])} x" if min(stalls_s) > 0 else ""
+
+        def stall_s(which: str) -> float:
+            return (subject(result, which) or {}).get("stall_over_none_s", {}).get("median", 0)
+
+        return ", ".join(
+            f"{SUBJECTS[floor].label}: {number(stall_s(key) / stall_s(floor))} x"
+            for floor in FLOORS
+            if min(stall_s(key), stall_s(floor)) > 0
+        )
 
     return limit
 
@@ -200,15 +212,16 @@ def _limit_of_durable(collected: Collected) -> str:
 
 
 def _limit_of_idle(collected: Collected) -> str:
-    """How much two equal fits differ, one by one and in the median of all."""
+    """What a callback that does nothing adds to the loop, and what two equal fits differ by."""
     texts: list[str] = []
     for backend, name in BACKEND_NAMES.items():
         result = collected.get(f"idle-{backend}")
-        if result is not None:
-            entry = result["summary"]["none_second_to_first"]
-            median, low, high = ((entry[p] - 1) * 100 for p in ("median", "p10", "p90"))
-            texts.append(f"{name} {median:+.1f} % ({low:+.0f} to {high:+.0f} %)")
-    return f"no callback, a second time: {', '.join(texts)}" if texts else ""
+        if result is not None and (found := subject(result, "bare")) is not None:
+            bare = (found["loop_over_none_interval"]["median"] - 1) * 100
+            noise = (result["summary"]["none_second_to_first"]["median"] - 1) * 100
+            texts.append(f"{name} {bare:+.1f} % and {noise:+.1f} %")
+    what = "a callback without hooks; no callback, a second time"
+    return f"{what}: {', '.join(texts)}" if texts else ""
 
 
 def _limit_of_cpu(collected: Collected) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from crc32c import crc32c
 
 import stepsave
 from bench import floors
 from stepsave.arena import ArenaPool
+from stepsave.checksum import crc32c
 from stepsave.commit import Blueprint
 from stepsave.layout import compile_layout, decode_layout, encode_layout
 from stepsave.spec import LeafSpec

@@ -130,6 +130,9 @@ def growth(task: Task) -> dict[str, Any]:
             rss_bytes[number] = _status_bytes("VmRSS")
         found["late"] = _holdings()
         found["early"]["saves"], found["late"]["saves"] = settle, task.saves
+        # Between two saves, not from before `_holdings`, whose lists of all objects stay with
+        # the allocator.
+        found["grown_bytes"] = int(rss_bytes[-1] - rss_bytes[0])
         found["rss_bytes"] = rss_bytes.tolist()
         found["slope_bytes_per_save"], found["slope_error_bytes_per_save"] = _slope(rss_bytes)
     return found

@@ -1,6 +1,5 @@
 """What several test files share: states, comparisons by bits, and ways to spoil a backup."""
 
-import collections
 import concurrent.futures
 import json
 import os
@@ -174,14 +173,14 @@ def plan_of(arrays):
 
 
 def filled(arrays, arena=None, threads=1):
-    """Copies arrays into an arena as a save does, sealed; returns the plan and the arena."""
+    """Copies arrays into an arena as a save does; returns the plan and the arena."""
     plan = plan_of(arrays)
     arena = arena or Arena(-(-plan.arena_bytes // 4096) * 4096)
     arena.bind(plan)
     filling = arena.begin(list(arrays).__getitem__)
     with concurrent.futures.ThreadPoolExecutor(threads) as executor:
-        for future in [executor.submit(filling.work) for _ in range(threads)]:
+        works = filling.work, *[filling.help] * (threads - 1)
+        for future in [executor.submit(work) for work in works]:
             future.result()
-    for number in range(plan.shard_count):
-        collections.deque(filling.ranges(number), maxlen=0)
+    filling.wait()
     return plan, arena

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -260,6 +261,73 @@ def test_a_bad_leaf_costs_no_arena(tmp_path):
                 saver.save(2, {"a": {"b": "text"}})
         saver.save(2, state_of(2)).wait()
     assert_is_state_of(restore_once(tmp_path))
+
+
+def test_nothing_is_written_while_training_waits_for_the_copy(tmp_path, monkeypatch):
+    events = []
+    fill, write = arena.ArenaPool.fill, LocalStore.write_direct
+
+    def slow_fill(self, filling):
+        time.sleep(0.1)  # for writers that would not wait
+        fill(self, filling)
+        events.append("copied")
+
+    def noted_write(self, path, data, ranges=None):
+        events.append("write")
+        write(self, path, data, ranges)
+
+    with stepsave.Checkpointer(tmp_path) as saver:
+        needs_direct(saver)
+        monkeypatch.setattr(arena.ArenaPool, "fill", slow_fill)
+        monkeypatch.setattr(LocalStore, "write_direct", noted_write)
+        saver.save(1, state_of(1)).wait()
+    assert events[0] == "copied"
+    assert "write" in events
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_a_copy_that_is_interrupted_costs_no_arena_and_saves_nothing(tmp_path, monkeypatch):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        saver.save(1, state_of(1)).wait()
+        for _ in range(3):  # more often than there are arenas
+            with monkeypatch.context() as patch:
+
+                def interrupt(*_):
+                    raise KeyboardInterrupt
+
+                patch.setattr("stepsave.filling._Pack.fill", interrupt)
+                patch.setattr("stepsave.filling._Slab.fill", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    saver.save(2, state_of(2))
+        assert saver.in_flight == 0
+        assert saver.restore().step == 1
+        saver.save(2, state_of(2)).wait()
+        assert saver.stats().committed == 2
+    backup = restore_once(tmp_path)
+    assert backup.step == 2
+    assert_is_state_of(backup)
+
+
+def test_a_state_that_is_changed_while_it_is_saved_can_still_be_read(tmp_path):
+    """Against the rules, and nobody can say of which step it is; but nothing is lost by it."""
+    array = np.zeros(2_000_000)
+    ended = threading.Event()
+
+    def change():
+        while not ended.is_set():
+            np.add(array, 1.0, out=array)
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        with stepsave.Checkpointer(tmp_path) as saver:
+            for step in range(5):
+                saver.save(step, {"array": array}).wait()
+                found = saver.restore().state["array"]
+                assert np.ptp(found) < 1e6  # each a number that was there
+    finally:
+        ended.set()
+        changer.join()
 
 
 def test_a_closed_checkpointer_refuses_with_what_to_do(tmp_path):

@@ -144,6 +144,22 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     assert_sealed(plan, arena)
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_helpers_leave_small_chunks_to_the_thread_at_work(monkeypatch):
+    monkeypatch.setattr(filling, "_SMALL_BYTES", 1000)
+    arrays = [random_array((size,), "uint8", seed=size) for size in (10, 5000, 20, 6000)]
+    plan, arena, shared = begun(arrays)
+    shared.help()
+    assert shared._source is not None, "the small ones are still to be copied"
+    for number in (1, 3):
+        assert leaf_bytes(plan, arena, number) == arrays[number].tobytes()
+    shared.work()
+    shared.wait()
+    assert_sealed(plan, arena)
+    for number, array in enumerate(arrays):
+        assert leaf_bytes(plan, arena, number) == array.tobytes()
+
+
 def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
     arrays = [random_array((200_000,), "uint8", seed=i) for i in range(4)]
     plan = plan_of(arrays)
