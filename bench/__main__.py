@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import machine, publish
 from bench.common import RESULTS
 
-SWEPT = ("sync", "stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
+SWEPT = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 SCALED = ("stepsave", "keras", "orbax_keras_tuned")
 TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 TEST_PARTS = Path(__file__).with_name("test_parts.py")
@@ -51,23 +51,23 @@ RUNS = (
     Run("engine", "bench.variables"),
     Run("engine", "bench.writers"),
     Run("engine", "bench.restore"),
-    _fits("fits", "--backend jax"),
+    _fits("fits", "--backend jax --repeats 13"),
     _fits("fits", "--backend tensorflow --repeats 5"),
     _fits("fits", "--backend torch --repeats 5"),
-    _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 3", SWEPT),
-    _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 3", SWEPT),
-    _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 3", SWEPT),
-    _fits("sweep", "--backend jax --megabytes 10 --repeats 3", SCALED),
-    _fits("sweep", "--backend jax --megabytes 100 --repeats 3", SCALED),
-    _fits("sweep", "--backend jax --megabytes 1000 --steps 18 --repeats 3", SCALED),
-    _fits("sweep", "--backend jax --megabytes 40 --variables 100 --repeats 3", SCALED),
-    _fits("sweep", "--backend jax --megabytes 40 --variables 1000 --repeats 3", SCALED),
-    _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --steps 13 --repeats 3", SCALED),
-    _fits("idle", "--backend jax --idle --repeats 250"),
-    _fits("idle", "--backend torch --idle --steps 500"),
-    _fits("idle", "--backend tensorflow --idle --steps 500"),
+    _fits("idle", "--backend jax --idle --repeats 150"),
+    _fits("idle", "--backend torch --idle --steps 500 --repeats 30"),
+    _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 30"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     Run("resources", "bench.resources"),
+    _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --megabytes 10 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 100 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 1000 --steps 13 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 100 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 1000 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --steps 13 --repeats 5", SCALED),
 )
 # The same questions, tiny: each path through the code once.
 QUICK_RUNS = (

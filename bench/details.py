@@ -71,6 +71,9 @@ def _engine(collected: Collected) -> list[str]:
     if not summary:
         return []
     rows = [["floor: warm copy by two threads", ms(summary["memcpy"]), ""]]
+    checked = summary["checked copy"]
+    ratio = times(checked["ratio"], bold=True)
+    rows.append(["floor: that copy with checksums", ms(checked), ratio])
     rows += _kind_rows(summary, "stall", "stall of a save")
     rows.append(["floor: `O_DIRECT` write and `fsync`", ms(summary["raw write"]), ""])
     rows += _kind_rows(summary, "background", "from the snapshot to the commit")

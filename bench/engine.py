@@ -24,7 +24,12 @@ from bench.stats import spread
 
 __all__ = ("RESULTS", "Subject", "main", "measure", "summarize")
 
-FLOORS = {"stall": "memcpy", "background": "raw write", "durable": "raw write"}
+FLOORS = {
+    "copy": "memcpy",  # the checked one
+    "stall": "memcpy",
+    "background": "raw write",
+    "durable": "raw write",
+}
 OTHERS = {
     "--restore": "bench.restore",
     "--many-variables": "bench.variables",
@@ -54,7 +59,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Runs all subjects interleaved; returns raw samples in seconds, by subject and kind."""
     kinds = ("stall", "background", "durable")
-    samples: dict[str, list[float]] = {"memcpy": [], "raw write": []}
+    samples: dict[str, list[float]] = {"memcpy": [], "checked copy": [], "raw write": []}
     samples |= {f"{subject.name} {kind}": [] for subject in subjects for kind in kinds}
     count = size_bytes // ARRAY_BYTES
     states = {
@@ -71,6 +76,7 @@ def measure(
 
     measured: list[Callable[[int], None]] = [
         lambda _step: samples["memcpy"].append(memcpy.measure_s()),
+        lambda _step: samples["checked copy"].append(memcpy.checked_s()),
         lambda _step: samples["raw write"].append(raw.measure_s()),
         *(lambda step, s=subject: save(s, step) for subject in subjects),
     ]

@@ -211,8 +211,8 @@ _LISTED = (
     Subject(
         "copy",
         "copy only",
-        "the snapshot of `stepsave.BackupAndRestore`, into the same host memory, and nothing of "
-        "the rest of a save: no checksum, no write, no background",
+        "the snapshot of `stepsave.BackupAndRestore`, into the same host memory, with its "
+        "checksums, and nothing of the rest of a save: no write, no commit, no background",
         "nothing",
         _copy,
         is_floor=True,
@@ -221,7 +221,7 @@ _LISTED = (
         "copy_write",
         "copy and raw write",
         "the same snapshot; then one thread writes it with `O_DIRECT` over one file and syncs "
-        "that: no checksum, no name, no commit",
+        "that: no directories, no seal, no commit",
         "data",
         _copy_write,
         is_floor=True,

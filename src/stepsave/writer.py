@@ -29,7 +29,7 @@ from stepsave.store.local import LocalStore
 __all__ = ("DEFAULT_LANES", "BackgroundWriter")
 
 DEFAULT_LANES = 3
-"""One computes checksums while the disk works for another."""
+"""They mostly sleep in the kernel: enough requests to keep a disk busy."""
 
 ShardWriter = Callable[[int, Snapshot], None]
 """Writes shard `number` of a snapshot durably, as it is being filled, and seals it."""
