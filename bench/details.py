@@ -204,7 +204,7 @@ def _fit_row(result: Result, key: str) -> list[str]:
         ms(found["stall_over_none_s"], bold=True),
         ms(over_sync) if over_sync else "",
         times(found["stall_over_memcpy"]),
-        times(ratio) if ratio else "",
+        times(ratio) if ratio else "ours is within noise",
         f"{held} ms" if held else "",
         ms(found["blocked_first_s"]),
         times(found["cpu_s_per_gb"]),

@@ -30,6 +30,7 @@ from bench.subjects import SUBJECTS
 README = Path(__file__).parent.parent / "README.md"
 DETAILS = Path(__file__).with_name("README.md")
 NOT_MEASURED = "not measured"
+NOISE = "ours is within noise"
 SYNCS = {"everything": "yes", "data": "data only", "nothing": "no"}
 
 
@@ -89,7 +90,8 @@ def _systems(collected: Collected, result: Result) -> list[str]:
         f"`fit` on JAX: {settings['state_bytes'] / 1e6:.0f} MB of weights and Adam slots in "
         f"{settings['variables']} arrays, steps of {none_s / settings['steps'] * 1e3:.0f} ms, a "
         f"save every {settings['every']} of {settings['steps']} steps; "
-        f"{settings['repeats']} rounds, all systems in each, median (10th to 90th percentile). "
+        f"{settings['repeats']} rounds, all systems in each, median (10th to 90th percentile; of "
+        "ratios to our stall by resampling the rounds). "
         "The *true stall* is what a save adds to the whole loop, divided by the saves; a warm "
         f"copy of the state by two threads takes {ms(summary['memcpy_s'])}. Two fits without a "
         f"callback differ by {_noise(summary)}."
@@ -114,7 +116,7 @@ def _system(collected: Collected, result: Result, key: str) -> list[str]:
     loop = percent_over(found["loop_over_none"])
     if "stall_over_none_s" not in found:
         return [label, "", "", loop, "", "", ""]
-    against = "1" if key == "stepsave" else NOT_MEASURED
+    against = "1" if key == "stepsave" else NOISE
     if key != "stepsave" and "stall_over_stepsave" in found:
         against = times(found["stall_over_stepsave"], bold=True)
     return [
@@ -166,9 +168,11 @@ def _stall(result: Result, key: str) -> str:
     found = subject(result, key)
     if found is None:
         return ""
-    text = f"{number(found['stall_over_none_s']['median'] * 1e3)} ms"
+    text = ms(found["stall_over_none_s"])
     ratio = found.get("stall_over_stepsave")
-    return text if key == "stepsave" or not ratio else f"{text}, {number(ratio['median'])} x ours"
+    if key == "stepsave":
+        return text
+    return f"{text}, {number(ratio['median'])} x ours" if ratio else f"{text}, {NOISE}"
 
 
 def _pictures(collected: Collected, base: Path) -> list[str]:
