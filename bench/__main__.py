@@ -56,7 +56,7 @@ RUNS = (
     _fits("fits", "--backend torch --repeats 5"),
     _fits("idle", "--backend jax --idle --repeats 150"),
     _fits("idle", "--backend torch --idle --steps 500 --repeats 30"),
-    _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 30"),
+    _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 60"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     # Not 10,000 variables: Orbax takes half an hour to have its calls counted.
     Run("resources", "bench.resources", "--counts 100 1000"),
