@@ -26,14 +26,12 @@ def interval_of_median(values: Sequence[float]) -> dict[str, Any]:
     def resampled(rng: random.Random) -> float:
         return statistics.median(rng.choices(values, k=len(values)))
 
-    found = _resampled(statistics.median(values), resampled, (2.5, 97.5), len(values))
-    return {"median": found["median"], "low": found["p10"], "high": found["p90"]}
+    low, high = _resampled(resampled, 2.5, 97.5)
+    return {"median": statistics.median(values), "low": low, "high": high}
 
 
-def ratio_of_medians(
-    values: Sequence[float], floors: Sequence[float], low: float = 10, high: float = 90
-) -> dict[str, Any] | None:
-    """The ratio of two medians, with percentiles of what resampled rounds make of it.
+def ratio_of_medians(values: Sequence[float], floors: Sequence[float]) -> dict[str, Any] | None:
+    """The ratio of two medians, with the 10th and 90th percentile of resampled rounds.
 
     Differences of whole fits may be zero or less in a single round, where a ratio means
     nothing; their medians over all rounds are not.
@@ -41,8 +39,6 @@ def ratio_of_medians(
     Args:
         values: By round.
         floors: Of the same rounds; a round is drawn with both.
-        low: Percentile.
-        high: Percentile.
 
     Returns:
         None if the floors have no median over zero.
@@ -57,19 +53,17 @@ def ratio_of_medians(
         return statistics.median(above) / floor if floor > 0 else None
 
     ratio = statistics.median(values) / statistics.median(floors)
-    return _resampled(ratio, resampled, (low, high), len(rounds))
+    low, high = _resampled(resampled, 10, 90)
+    return {"median": ratio, "p10": low, "p90": high, "samples": len(rounds)}
 
 
 def _resampled(
-    median: float,
-    draw: Callable[[random.Random], float | None],
-    percents: tuple[float, float],
-    samples: int,
-) -> dict[str, Any]:
+    draw: Callable[[random.Random], float | None], low: float, high: float
+) -> tuple[float, float]:
+    """Two percentiles of what many draws give; the same draws each time."""
     rng = random.Random(0)
     drawn = [value for _ in range(DRAWS) if (value := draw(rng)) is not None]
-    low, high = (percentile(drawn, percent) for percent in percents)
-    return {"median": median, "p10": low, "p90": high, "samples": samples}
+    return percentile(drawn, low), percentile(drawn, high)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
