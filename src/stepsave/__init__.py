@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stepsave import rng
 from stepsave.checkpointer import Checkpointer
 from stepsave.errors import (
     ArenaMemoryError,
@@ -14,10 +15,13 @@ from stepsave.errors import (
     DirectoryBusyError,
     FormatVersionError,
     InvalidStateError,
+    Preempted,
     SaveFailedError,
     StepsaveError,
+    UnreproducibleDataWarning,
 )
 from stepsave.handle import SaveHandle
+from stepsave.resume import TrainingPosition
 from stepsave.spec import Backup, SaveStats
 
 if TYPE_CHECKING:
@@ -35,10 +39,14 @@ __all__ = (
     "DirectoryBusyError",
     "FormatVersionError",
     "InvalidStateError",
+    "Preempted",
     "SaveFailedError",
     "SaveHandle",
     "SaveStats",
     "StepsaveError",
+    "TrainingPosition",
+    "UnreproducibleDataWarning",
+    "rng",
 )
 
 __version__ = "0.1.0"

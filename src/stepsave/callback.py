@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import numbers
 import os
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import keras
 
-from stepsave import orbax
+from stepsave import keras_internals
 from stepsave.arguments import check_choice, check_threads
 from stepsave.checkpointer import Checkpointer, WhenBusy
+from stepsave.directories import take_directory
 from stepsave.errors import DirectoryBusyError
-from stepsave.inventory import COMMIT, PREVIOUS, TRAINING_PATH
+from stepsave.fit_loop import FitLoop
+from stepsave.fit_state import BeforeValidation, FitState, RestoredFit, capture_rng, restore_fit
+from stepsave.keras_files import KerasFiles
+from stepsave.keras_internals import RunningFit, is_in_fit
+from stepsave.preemption import PreemptionSignals, check_signals
+from stepsave.progress import Progress, check_save_freq
 from stepsave.resume import TrainingPosition
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.spec import Backup, BackupRecord, SaveStats
-from stepsave.variables import ModelVariables, model_config, prepare_model, restore_variables
 
 __all__ = ("BackupAndRestore",)
 
 _logger = logging.getLogger("stepsave")
 
-# What callbacks of this process have open, by directory. A notebook that was interrupted
-# and makes a new callback for the same directory must not be refused because of the old one.
-_savers: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDictionary()
 
-
-class BackupAndRestore(keras.callbacks.Callback):
+class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
     """Backs up the training state in the background and restores it after an interruption.
 
     A drop-in for `keras.callbacks.BackupAndRestore`. Training waits only until the state is
     copied into a host buffer; background threads write it and commit it, weights and
-    position together. If training is interrupted, the same script, run again, goes on from
-    the last committed backup.
+    position together. If training is interrupted, the same script, run again, goes on at the
+    batch after the last committed backup, as if it had not been interrupted.
 
     Example:
         ```python
@@ -61,6 +62,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         delete_checkpoint: bool = True,
         *,
         double_checkpoint: bool = False,
+        resume: Literal["batch", "epoch"] = "batch",
+        history: Literal["new", "all"] = "new",
+        save_before_preemption: bool = False,
+        preemption_signals: Sequence[int | str] = ("SIGTERM",),
+        grace_period_s: float | None = None,
         when_busy: WhenBusy = "wait",
         snapshot: SnapshotMode = "auto",
         writer_threads: int | None = None,
@@ -71,10 +77,21 @@ class BackupAndRestore(keras.callbacks.Callback):
         Args:
             backup_dir: Directory for the backup, its own: nothing else may be in it.
             save_freq: `"epoch"` to save when an epoch ends, or a number of batches. Batches
-                are counted exactly, across epochs and with `steps_per_execution`.
+                are counted exactly, across epochs and with `steps_per_execution`. `False`,
+                with `save_before_preemption`, to save only then.
             delete_checkpoint: Whether to remove the backup when `fit` has completed.
             double_checkpoint: Whether to keep the backup before the newest too, and fall
                 back to it if the newest cannot be read.
+            resume: `"batch"` to go on at the batch after the backup, with the data, the random
+                generators, the metrics and the other callbacks as they were. `"epoch"` to
+                repeat the epoch with the weights of the backup, as Keras does.
+            history: What `fit` returns after a resume: the epochs that it ran (`"new"`), or
+                those before the interruption too (`"all"`).
+            save_before_preemption: Whether a signal ends `fit`: it finishes the step, saves,
+                waits until that is durable and raises `Preempted`.
+            preemption_signals: Which signals, by number or name.
+            grace_period_s: Seconds from the signal until the process will be killed. A
+                warning is logged if the save took longer. None if that is not known.
             when_busy: What a due save does while both host buffers are still in use:
                 `"wait"`, or `"skip"` it.
             snapshot: Where the state is copied first: `"device"`, `"host"`, or `"auto"`, which
@@ -89,65 +106,47 @@ class BackupAndRestore(keras.callbacks.Callback):
         if not backup_dir:
             raise ValueError("Empty `backup_dir` argument passed")
         self.backup_dir = os.fspath(backup_dir)
-        self.save_freq = _check_save_freq(save_freq)
+        self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
+        check_choice("resume", resume, ("batch", "epoch"))
+        check_choice("history", history, ("new", "all"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        self.resume = resume
+        self.history = history
+        self.save_before_preemption = save_before_preemption
+        self.preemption_signals = check_signals(preemption_signals)
+        self.grace_period_s = grace_period_s
         self.when_busy: WhenBusy = when_busy
         self.snapshot: SnapshotMode = snapshot
         self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
         self.verbose = verbose
         self._saver: Checkpointer | None = None
         self._close_at_exit: weakref.finalize[Any, Any] | None = None
-        self._variables: ModelVariables | None = None
-        self._variables_checked = False  # in this epoch
         self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
         self._last_stats: SaveStats | None = None
-        self._fit_thread = threading.get_ident()
         self._ended_guard = threading.Lock()
-        self._reset_position()
+        self._signals: PreemptionSignals | None = None
+        self._reset()
 
-    def _reset_position(self) -> None:
+    def _reset(self) -> None:
         # These two mean the same as in Keras's callback, whose tests read them: epochs
         # completed, and the index of the last batch in this epoch.
         self._current_epoch = 0
         self._last_batch_seen = 0
-        self._epoch = 0
+        self._fit_thread = threading.get_ident()
+        self._fit: RunningFit | None = None
+        self._loop: FitLoop | None = None
+        self._state: FitState | None = None
+        self._restored: RestoredFit | None = None
+        self._progress = Progress(self.save_freq if type(self.save_freq) is int else None)
         self._in_epoch = False
-        self._global_step = 0
         self._saved_step = 0
-        self._batches_done = 0  # in this epoch, all before the batch in progress
         self._batch_begun = 0
         self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
-        self._save_is_due = False
-        self._steps: int | None = None  # of an epoch, if Keras knows
-
-    # Keras's callback has these attributes, and its tests overwrite the files to see that
-    # the backup is then unreadable.
-
-    @property
-    def _weights_path(self) -> str:
-        return self._file_of(0, orbax.MANIFEST_PATH, COMMIT)
-
-    @property
-    def _training_metadata_path(self) -> str:
-        return self._file_of(0, TRAINING_PATH, COMMIT)
-
-    @property
-    def _prev_weights_path(self) -> str:
-        return self._file_of(1, orbax.MANIFEST_PATH, PREVIOUS)
-
-    @property
-    def _prev_training_metadata_path(self) -> str:
-        return self._file_of(1, TRAINING_PATH, PREVIOUS)
-
-    def _file_of(self, which: int, path: str, marker: str) -> str:
-        if self._saver is not None and not self._saver.closed:
-            self._last_records = (self._saver.committed, self._saver.previous)
-        record = self._last_records[which]
-        below = marker if record is None else os.path.join(record.directory, path)
-        return os.path.join(self.backup_dir, below)
+        self._rng_at_end: dict[str, Any] | None = None  # of the epoch's batches
+        self._before_validation: BeforeValidation | None = None
 
     def stats(self) -> SaveStats | None:
         """What saving has cost in this fit, or the last one; None before the first."""
@@ -155,16 +154,28 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Restores the last committed backup, if there is one."""
-        self._fit_thread = threading.get_ident()
-        self._reset_position()
-        self._variables = None
+        self._reset()
         model = self._trained_model()
         saver = self._open()
+        self._fit = keras_internals.find_fit(model)
+        if self.resume == "batch":
+            self._follow(model)
+        self._state = FitState(model, self._loop, with_history=self.history == "all")
         backup = saver.restore()
         if backup is not None:
             self._restore(model, backup)
+        if self._loop is not None:
+            self._loop.warn_of_doubts()
         if model.built:
-            self._prepare(saver, model)
+            self._state.prepare(saver)
+        if self.save_before_preemption:
+            self._expect_signals(model)
+
+    def after_train_begin(self) -> None:
+        """Called when all callbacks have begun, and perhaps reset themselves."""
+        if self._restored is not None:
+            self._restored.put_back(self._siblings())
+            self._restored.put_back_history(self._trained_model())
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Waits until everything is durable, and removes the backup if so asked.
@@ -172,8 +183,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         Raises:
             SaveFailedError: If a save failed; the backup is then kept.
         """
-        model = self._trained_model()
-        _set_initial_epoch(model, None)  # here too: `fit` may have had no epoch left to run
+        # Here too: `fit` may have had no epoch left to run.
+        keras_internals.set_initial_epoch(self._trained_model(), None)
+        if self._signals is not None:
+            self._signals.remove()
+        if self._loop is not None:
+            self._loop.stop()
         saver, self._saver = self._saver, None
         if saver is None or saver.closed:
             return
@@ -187,158 +202,179 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
-        _set_initial_epoch(self._trained_model(), None)
-        self._epoch = epoch
+        keras_internals.set_initial_epoch(self._trained_model(), None)
+        self._progress.begin_epoch(epoch, self._steps_per_epoch())
+        if self._restored is not None and self._loop is not None:
+            self._progress.go_on_at(self._restored.position.batch)
+        self._restored = None
         self._in_epoch = True
-        self._steps = self._steps_per_epoch()
-        self._batches_done = self._batches_ended = self._batch_begun = 0
-        self._variables_checked = False
+        self._batches_ended = self._batch_begun = 0
+        self._rng_at_end = None
+        if self._state is not None:
+            self._state.begin_epoch()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._advance(self._batches_ended)
-        if self._save_is_due:
-            self._save(self._epoch, self._batches_done)
-        self._in_epoch = False
         self._current_epoch = epoch + 1
         self._last_batch_seen = 0
-        if self.save_freq == "epoch":
+        if self._loop is None:
+            self.after_epoch_end(epoch)
+
+    def after_epoch_end(self, epoch: int) -> None:
+        """Called when all callbacks know that the epoch has ended; they have changed the rate."""
+        self._progress.advance(self._batches_ended)  # it may have been stopped within
+        self._in_epoch = False
+        if self.save_freq == "epoch" or self._progress.save_is_due:
             self._save(epoch + 1, 0)
+        self._end_if_preempted(epoch + 1, 0)
+
+    # With `resume="batch"`, saves are made at cuts: see `fit_loop`. Otherwise as early as
+    # Keras's callback would make them, in the hooks below.
+
+    def at_cut(self, batches_done: int) -> None:
+        """Called when so many batches of the epoch are done, and all callbacks know."""
+        assert self._saver is not None
+        self._saver.raise_failed()
+        self._last_batch_seen = batches_done - 1
+        progress = self._progress
+        progress.advance(batches_done)
+        if progress.save_is_due:
+            self._save(progress.epoch, progress.batches_done)
+        if self._signals is not None:
+            self._end_if_preempted(progress.epoch, progress.batches_done)
+            if progress.batches_done == progress.steps:
+                self._rng_at_end = capture_rng()
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         # Always called by the thread of `fit`, after the last step and before the next, and
         # without a device sync; so with asynchronous dispatch this is where to save.
+        if self._loop is not None:
+            return
         self._batch_begun = batch
         if self._saver is not None:
             self._saver.raise_failed()
-        if batch > self._batches_done:
+        if batch > self._progress.batches_done:
             self._last_batch_seen = batch - 1
-            self._advance(batch)
-        if self._save_is_due:
-            self._save(self._epoch, self._batches_done)
+            self._advance_and_save(batch)
+        self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         with self._ended_guard:
             self._batches_ended = max(self._batches_ended, batch + 1)
-        if threading.get_ident() != self._fit_thread:
+        if self._loop is not None or threading.get_ident() != self._fit_thread:
             return  # dispatched asynchronously: the next step may already be running
         self._last_batch_seen = batch
-        self._advance(batch + 1)
-        if self._save_is_due:
-            self._save(self._epoch, self._batches_done)
+        self._advance_and_save(batch + 1)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        # Validation inside `fit`: a save due after the last batch is made before it, so
-        # that an interruption of the validation does not lose it.
         if not self._in_epoch:
             return
-        # Dispatch threads may not have told of the last batch yet. That it has ended is
-        # certain; how many batches it was, only where each execution is one.
-        single = self._trained_model().steps_per_execution == 1
-        self._advance(max(self._batches_ended, self._batch_begun + 1 if single else 0))
-        if self._save_is_due:
-            self._save(self._epoch, self._batches_done)
+        # Validation inside `fit`: a save due after the last batch is made before it, so
+        # that an interruption of the validation does not lose it.
+        if self._loop is None:
+            # Dispatch threads may not have told of the last batch yet. That it has ended is
+            # certain; how many batches it was, only where each execution is one.
+            single = self._trained_model().steps_per_execution == 1
+            self._advance_and_save(max(self._batches_ended, self._batch_begun + 1 if single else 0))
+        elif self._signals is not None:
+            model = self._trained_model()
+            self._before_validation = BeforeValidation.take(model, self._rng_at_end)
 
-    def _advance(self, batches_done: int) -> None:
-        """Takes note that so many batches of this epoch are done."""
-        if self._steps is not None:
-            # With several steps per execution Keras numbers the last one as if it were full.
-            batches_done = min(batches_done, self._steps)
-        passed = batches_done - self._batches_done
-        if passed <= 0:
-            return
-        before = self._global_step
-        self._batches_done = batches_done
-        self._global_step += passed
-        if isinstance(self.save_freq, int):
-            # Due when a multiple of `save_freq` is passed, so that the count stays exact
-            # where several batches are passed at once.
-            every = self.save_freq
-            self._save_is_due |= self._global_step // every > before // every
+    def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self._in_epoch:
+            self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        self._before_validation = None
+
+    def _advance_and_save(self, batches_done: int) -> None:
+        self._progress.advance(batches_done)
+        if self._progress.save_is_due:
+            self._save(self._progress.epoch, self._progress.batches_done)
 
     def _save(self, epoch: int, batch: int) -> None:
         began_s = time.perf_counter()
-        self._save_is_due = False
-        saver = self._saver
-        if saver is None or saver.closed:
+        progress = self._progress
+        progress.save_is_due = False
+        saver, state = self._saver, self._state
+        if saver is None or saver.closed or state is None:
             raise DirectoryBusyError(
                 f"{self.backup_dir}: another callback of this process has taken this backup "
                 "directory over. Give each its own directory."
             )
-        if self._global_step <= self._saved_step:
+        if progress.global_step <= self._saved_step:
             return  # an epoch without batches: this state is saved already
-        model = self._trained_model()
-        position = TrainingPosition(self._global_step, epoch, batch, self._steps)
-        variables = self._collect(saver, model)
-        metadata = {
-            "backend": keras.backend.backend(),
-            "keras_version": keras.version(),
-            "position": position.to_json(),
-            "build_config": _build_config(model),
-        }
-        handle = saver.save_leaves(
-            self._global_step, variables.paths, variables.values(), metadata, began_s=began_s
-        )
+        position = TrainingPosition(progress.global_step, epoch, batch, progress.steps)
+        metadata, arrays = state.describe(position, self._siblings(), self._before_validation)
+        paths, leaves = state.leaves(saver, arrays, self._before_validation)
+        handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
         if handle.skipped:
-            self._tell(f"Epoch {self._epoch + 1}: backup skipped, the disk is still busy")
+            self._tell(f"Epoch {progress.epoch + 1}: backup skipped, the disk is still busy")
             return
-        self._saved_step = self._global_step
+        self._saved_step = position.global_step
         self._tell(
-            f"Epoch {self._epoch + 1}: saving backup of step {self._global_step} to "
+            f"Epoch {progress.epoch + 1}: saving backup of step {position.global_step} to "
             f"{self.backup_dir}"
         )
 
-    def _collect(self, saver: Checkpointer, model: Any) -> ModelVariables:
-        """The model's variables, listed again when there are more of them.
+    def _end_if_preempted(self, epoch: int, batch: int) -> None:
+        signals, saver = self._signals, self._saver
+        if signals is None or signals.received is None or saver is None:
+            return
+        saver.drain()  # or the last save might be skipped, as the disk is busy
+        self._save(epoch, batch)
+        saver.wait()
+        signals.end(self._saved_step, self.grace_period_s)
 
-        That is looked at once per epoch: listing them takes time in a deep model, and Keras
-        makes variables late only in the first step of a fit.
-        """
-        variables = self._variables
-        is_current = variables is not None and (self._variables_checked or variables.is_current())
-        self._variables_checked = self._in_epoch
-        if variables is None or not is_current:
-            variables = self._variables = ModelVariables(model)
-            config = model_config(model)
-            saver.attach({} if config is None else {"model_config": {"config": config}})
-        return variables
+    def _expect_signals(self, model: Any) -> None:
+        if self._signals is not None:
+            self._signals.remove()  # of a fit that raised
+        signals = PreemptionSignals(self.preemption_signals, is_in_fit(self._fit, model))
+        self._signals = signals if signals.install() else None
+        weakref.finalize(self, signals.remove).atexit = False
 
-    def _prepare(self, saver: Checkpointer, model: Any) -> None:
-        """Makes layout and buffers before the first step, so that no save pays for them."""
-        prepare_model(model, None)
-        variables = self._collect(saver, model)
-        saver.prepare_leaves(variables.paths, variables.values())
+    def _follow(self, model: Any) -> None:
+        """Takes part in the loop of `fit`."""
+        if self._fit is None:
+            warnings.warn(
+                "This `fit` is not Keras's, or Keras has changed: training can only be resumed "
+                'at the head of an epoch. `resume="epoch"` says that this is meant.',
+                stacklevel=2,
+            )
+            return
+        self._loop = FitLoop(self._fit, model, self)
+
+    def _siblings(self) -> list[Any]:
+        return [] if self._loop is None else self._loop.callbacks_but(self)
 
     def _restore(self, model: Any, backup: Backup) -> None:
-        metadata = backup.metadata
-        position = TrainingPosition.from_json(metadata.get("position"))
-        prepare_model(model, metadata.get("build_config"))
-        restore_variables(model, backup.state, metadata.get("backend"))
-        epoch = position.resume_epoch
-        _set_initial_epoch(model, epoch)
+        restored = restore_fit(model, backup)
+        position = restored.position
+        epoch, batch = position.resume_epoch, 0
+        if self._loop is not None:
+            epoch, batch = position.epoch, position.batch
+            self._restored = restored
+            self._loop.resume(restored.resume(model, self._siblings))
+            if restored.stopped:  # by a callback: no epoch is left
+                epoch = max(epoch, int((self.params or {}).get("epochs") or epoch))
+        keras_internals.set_initial_epoch(model, epoch)
         # From what was restored, not from 0: or a second interruption would rewind.
-        self._current_epoch = self._epoch = epoch
-        self._global_step = self._saved_step = position.global_step
-        self._tell(f"Restored backup of step {backup.step}: going on at epoch {epoch + 1}")
+        self._current_epoch = epoch
+        self._progress.begin_epoch(epoch, None)
+        self._progress.global_step = self._saved_step = position.global_step
+        at = f"epoch {epoch + 1}" + (f", batch {batch + 1}" if batch else "")
+        self._tell(f"Restored backup of step {backup.step}: going on at {at}")
 
     def _open(self) -> Checkpointer:
-        if self._saver is not None and not self._saver.closed:
-            return self._saver  # `fit` raised the last time
-        key = os.path.realpath(self.backup_dir)
-        other = _savers.get(key)
-        if other is not None:
-            other.close()  # of a fit that was interrupted, or it would have closed it itself
-        self._saver = saver = Checkpointer(
-            self.backup_dir,
-            double_checkpoint=self.double_checkpoint,
-            when_busy=self.when_busy,
-            snapshot=self.snapshot,
-            writer_threads=self.writer_threads,
-        )
-        # A callback is told nothing when `fit` raises; its saves are finished when it is
-        # collected or the interpreter exits, and a failure is printed then.
-        self._close_at_exit = weakref.finalize(self, saver.close)
-        _savers[key] = saver
-        return saver
+        if self._saver is None or self._saver.closed:  # or `fit` raised the last time
+            self._saver, self._close_at_exit = take_directory(
+                self,
+                self.backup_dir,
+                double_checkpoint=self.double_checkpoint,
+                when_busy=self.when_busy,
+                snapshot=self.snapshot,
+                writer_threads=self.writer_threads,
+            )
+        return self._saver
 
     def _trained_model(self) -> Any:
         # Not `self.model`: on JAX that property puts the state back into the variables at
@@ -357,35 +393,6 @@ class BackupAndRestore(keras.callbacks.Callback):
             print(f"\n{message}", flush=True)  # noqa: T201  as Keras's callbacks do
         else:
             _logger.info("%s", message)
-
-
-def _check_save_freq(save_freq: object) -> str | int:
-    received = f"Invalid value for argument `save_freq`. Received: save_freq={save_freq}. "
-    if save_freq is False:
-        raise ValueError(
-            f"{received}`False` (no periodic saves) makes sense only together with saving "
-            "before preemption, which this version does not have. Expected 'epoch' or a "
-            "positive integer."
-        )
-    if save_freq == "epoch":
-        return "epoch"
-    if isinstance(save_freq, numbers.Integral) and save_freq is not True and int(save_freq) >= 1:
-        return int(save_freq)
-    raise ValueError(f"{received}Expected 'epoch' or a positive integer.")
-
-
-def _set_initial_epoch(model: Any, epoch: int | None) -> None:
-    # Private, but the one way for a callback to say where `fit` begins: Keras's own does
-    # the same, and all three `fit`s read it right after `on_train_begin`.
-    model._initial_epoch = epoch  # noqa: SLF001
-
-
-def _build_config(model: Any) -> Any:
-    config = model.get_build_config()
-    try:
-        return json.loads(json.dumps(config))
-    except (TypeError, ValueError):
-        return None  # of a custom layer; such a model must be built before it is restored
 
 
 def _is_wrapped(model: Any) -> bool:

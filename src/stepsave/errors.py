@@ -11,11 +11,17 @@
     ├── ArenaMemoryError        (MemoryError)  no room for the host copy of the state
     └── CheckpointerClosedError (RuntimeError) used after `close()`
 
+    Preempted                   (SystemExit)   training was saved and ended on a signal
+    UnreproducibleDataWarning   (UserWarning)  data that a resumed run may see otherwise
+
 Each is also the builtin in parentheses, so that code which already catches that keeps
 working. Every message names the thing, what was expected, what was found and what to do.
 """
 
 from __future__ import annotations
+
+import os
+import signal
 
 __all__ = (
     "ArenaMemoryError",
@@ -26,8 +32,10 @@ __all__ = (
     "DirectoryBusyError",
     "FormatVersionError",
     "InvalidStateError",
+    "Preempted",
     "SaveFailedError",
     "StepsaveError",
+    "UnreproducibleDataWarning",
 )
 
 
@@ -69,3 +77,36 @@ class ArenaMemoryError(StepsaveError, MemoryError):
 
 class CheckpointerClosedError(StepsaveError, RuntimeError):
     """Raised when a checkpointer is used after it was closed."""
+
+
+class Preempted(SystemExit):
+    """Raised out of `fit` after a signal, when the training is saved and the save is durable.
+
+    A `SystemExit`: a script that does not catch it ends without a traceback, with an exit
+    code by which a wrapper knows that it is to start the same command again.
+
+    Attributes:
+        EXIT_CODE: 75, `EX_TEMPFAIL` of sysexits.h: "the user is invited to retry later".
+        signum: Number of the signal.
+        step: The step that is saved.
+        waited_s: Seconds from the signal until the save was durable.
+    """
+
+    EXIT_CODE = os.EX_TEMPFAIL
+
+    def __init__(self, signum: int, step: int, waited_s: float) -> None:
+        super().__init__(self.EXIT_CODE)
+        self.signum = signum
+        self.step = step
+        self.waited_s = waited_s
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signum).name
+        return (
+            f"{name}: step {self.step} is saved, {self.waited_s:.1f} s after the signal. Run the "
+            "same script again to go on."
+        )
+
+
+class UnreproducibleDataWarning(UserWarning):
+    """Warns that data may come in another order, or otherwise, after an interruption."""

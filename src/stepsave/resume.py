@@ -12,23 +12,23 @@ __all__ = ("TrainingPosition",)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainingPosition:
-    """A point between two batches.
+    """A point between two batches, for the metadata of a backup.
 
     Attributes:
         global_step: Batches trained since the beginning, repeated ones included.
         epoch: Epoch in progress, from 0.
         batch: Batches done in that epoch.
-        steps_per_epoch: Batches in an epoch, if Keras knew.
+        steps_per_epoch: Batches in an epoch, if known.
     """
 
     global_step: int
     epoch: int
     batch: int
-    steps_per_epoch: int | None
+    steps_per_epoch: int | None = None
 
     @property
     def resume_epoch(self) -> int:
-        """The epoch at which `fit` goes on, as it can only start at the head of one.
+        """The epoch at which a training goes on that can only begin at the head of one.
 
         That is the epoch in progress, which Keras's own callback repeats too; but if all
         its batches were done, repeating it would train each of them twice.

@@ -1,27 +1,20 @@
-"""A Keras model's variables as leaves of a state, and back.
-
-The only code that touches Keras's private attributes; each use says what happens when it is
-gone.
-"""
+"""A Keras model's variables as leaves of a state, and back."""
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import keras
 import numpy as np
 
+from stepsave import keras_internals
 from stepsave.errors import BackupMismatchError
 from stepsave.snapshot import HostArray
 from stepsave.tree import flatten
 
-__all__ = ("ModelVariables", "model_config", "prepare_model", "restore_variables")
-
-_logger = logging.getLogger("stepsave")
+__all__ = ("ModelVariables", "Restored", "prepare_model", "restore_variables")
 
 COLLECTIONS = (
     "trainable_variables",
@@ -67,9 +60,8 @@ class ModelVariables:
         the public `jax_state_sync` puts back into the variables, at a price per step.
         """
         model = self._model
-        state = getattr(model, "_jax_state", None)
-        synced = getattr(model, "_jax_state_synced", True)
-        if not state or synced:
+        state = keras_internals.jax_state(model)
+        if state is None:
             return [variable.value for variable in self.variables]
         values: list[Any] = []
         for collection, count in zip(COLLECTIONS, self._counts, strict=True):
@@ -79,66 +71,6 @@ class ModelVariables:
                 return [variable.value for variable in self.variables]
             values += part
         return values
-
-
-def model_config(model: Any) -> str | None:
-    """Returns the JSON from which `keras.saving.load_model` rebuilds a model.
-
-    Returns:
-        None if the model cannot be serialised, holds assets (vocabularies), which a backup
-        does not carry, or would be rebuilt with other names and so without its values.
-    """
-    if any(hasattr(layer, "save_assets") for layer in _layers(model)):
-        _logger.info("%r has assets: its backups load with load_weights only", model.name)
-        return None
-    try:
-        config = json.loads(model.to_json())
-    except Exception as e:  # noqa: BLE001  any layer's get_config may raise anything
-        _logger.info(
-            "%r cannot be serialised: its backups load with load_weights only: %r", model.name, e
-        )
-        return None
-    if _nests_sequential(config):
-        _logger.info(
-            "%r nests Sequential models, whose variables Keras names otherwise when it "
-            "rebuilds them: its backups load with load_weights only",
-            model.name,
-        )
-        return None
-    config["config"] = _drop_build_configs(config["config"])
-    return json.dumps(config)
-
-
-def _nests_sequential(config: Any, *, inside: bool = False) -> bool:
-    if isinstance(config, list):
-        return any(_nests_sequential(item, inside=inside) for item in cast("list[Any]", config))
-    if not isinstance(config, dict):
-        return False
-    entries = cast("dict[str, Any]", config)
-    is_sequential = entries.get("class_name") == "Sequential"
-    if is_sequential and inside:
-        return True
-    inside |= is_sequential
-    return any(_nests_sequential(value, inside=inside) for value in entries.values())
-
-
-def _drop_build_configs(config: Any) -> Any:
-    """Drops what says how to build each inner layer by itself.
-
-    With it Keras (3.15) builds inner layers of `Sequential` models and of wrappers before
-    what holds them, so that their variables lose the outer names; `load_model` from an Orbax
-    directory then finds no values for them, and says nothing. Without it the whole model is
-    built at once, as it was at first.
-    """
-    if isinstance(config, list):
-        return [_drop_build_configs(item) for item in cast("list[Any]", config)]
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _drop_build_configs(value)
-        for key, value in cast("dict[str, Any]", config).items()
-        if key not in ("build_config", "build_input_shape")
-    }
 
 
 def prepare_model(model: Any, build_config: Mapping[str, Any] | None) -> None:
@@ -169,7 +101,51 @@ def prepare_model(model: Any, build_config: Mapping[str, Any] | None) -> None:
         optimizer.build(model.trainable_variables)
 
 
-def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str | None) -> None:
+class Restored:
+    """Values that were assigned to a model's variables, to be assigned once more.
+
+    Between the begin of `fit` and its first batch other callbacks may change variables, such
+    as the learning rate, that a training which was not interrupted would not change there.
+    """
+
+    def __init__(self, model: Any, state: Mapping[str, Any], saved_backend: str | None) -> None:
+        self._model = model
+        self._state = state
+        self._backend = saved_backend
+        self._assigned: list[tuple[Any, HostArray, Any]] = []
+
+    def note(self, variables: Sequence[Any], values: Sequence[HostArray]) -> None:
+        for variable, value in zip(variables, values, strict=True):
+            self._assigned.append((variable, value, _mark(variable.value)))
+
+    def assign_again(self) -> None:
+        """Assigns what was changed since, and metrics that did not exist then."""
+        for variable, value, mark in self._assigned:
+            if mark is None or _mark(variable.value) != mark:
+                variable.assign(value)
+        known = {id(variable) for variable, _, _ in self._assigned}
+        now = ModelVariables(self._model)
+        if all(id(variable) in known for variable in now.variables):
+            return
+        pairs, _ = _match(now, *flatten(self._state))
+        for variable, _, array in pairs:
+            if id(variable) not in known:
+                value, _ = _fit_value(variable, array, self._backend)
+                if value is not None:
+                    variable.assign(value)
+
+
+def _mark(value: Any) -> Any:
+    """Something equal as long as a variable's value was not changed; None if nobody can tell."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return id(value)  # immutable; kept alive by the variable as long as it is its value
+    if backend == "torch":
+        return id(value), value._version  # noqa: SLF001  counts changes in place
+    return None
+
+
+def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str | None) -> Restored:
     """Assigns a saved state to a model's variables: all of them, or none.
 
     Variables are matched by path. Names that Keras numbered (`dense_3`) may carry other
@@ -180,6 +156,9 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
         state: The state that was saved.
         saved_backend: Keras backend that it was saved on. Integers may have another width
             on another backend; values that do not fit are refused.
+
+    Returns:
+        What was assigned, to be assigned again if need be.
 
     Raises:
         BackupMismatchError: If the backup does not fit; the model is then untouched.
@@ -203,7 +182,11 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
             + "\nThe model was not changed. Build and compile it as it was when the backup was "
             "made, or use another `backup_dir`."
         )
-    _assign_all([variable for variable, _, _ in pairs], values)
+    variables = [variable for variable, _, _ in pairs]
+    _assign_all(variables, values)
+    restored = Restored(model, state, saved_backend)
+    restored.note(variables, values)
+    return restored
 
 
 def _assign_all(variables: Sequence[Any], values: Sequence[HostArray]) -> None:
@@ -362,11 +345,6 @@ def _unique_paths(paths: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _keys(path: str) -> tuple[str, ...]:
     return tuple(key for key in path.split("/") if key) or ("variable",)
-
-
-def _layers(model: Any) -> Iterable[Any]:
-    flatten_layers = getattr(model, "_flatten_layers", None)
-    return model.layers if flatten_layers is None else flatten_layers()
 
 
 def _describe(variable: Any) -> str:

@@ -1,0 +1,120 @@
+"""Signals that announce the end of the process, noted while `fit` runs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from stepsave.errors import Preempted
+
+__all__ = ("PreemptionSignals", "check_signals")
+
+_logger = logging.getLogger("stepsave")
+
+_REFUSED = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def check_signals(signals: Sequence[int | str]) -> tuple[signal.Signals, ...]:
+    """Returns the signals that were named.
+
+    Args:
+        signals: Numbers or names, such as `signal.SIGTERM` or `"SIGTERM"`.
+
+    Raises:
+        ValueError: If one is not a signal, or one that no process can handle.
+    """
+    checked: list[signal.Signals] = []
+    for given in [signals] if isinstance(signals, (str, int)) else signals:
+        try:
+            found = signal.Signals[given] if isinstance(given, str) else signal.Signals(given)
+        except (KeyError, ValueError):
+            found = None
+        if found is None or found in _REFUSED:
+            raise ValueError(
+                "Invalid value for argument `preemption_signals`. Received: "
+                f"{given!r}. Expected signals that a process can handle, such as 'SIGTERM', "
+                "'SIGUSR1' or 'SIGINT'."
+            )
+        checked.append(found)
+    return tuple(checked)
+
+
+class PreemptionSignals:
+    """Handlers that note a signal while `fit` runs, and leave it alone otherwise.
+
+    A handler that was installed before is called when the training is saved, and put back at
+    the end. A second SIGINT goes to it at once: somebody does not want to wait.
+    """
+
+    def __init__(
+        self, signals: Sequence[signal.Signals], is_in_fit: Callable[[FrameType | None], bool]
+    ) -> None:
+        """Installs nothing yet.
+
+        Args:
+            signals: The signals.
+            is_in_fit: Whether the code at a frame was called by `fit`. When `fit` raises,
+                nobody tells its callbacks.
+        """
+        self._signals = signals
+        self._is_in_fit = is_in_fit
+        self._previous: dict[int, Any] = {}
+        self.received: int | None = None
+        self._received_s = 0.0
+
+    def install(self) -> bool:
+        """Installs the handlers; returns False off the main thread, where nobody can."""
+        if threading.current_thread() is not threading.main_thread():
+            _logger.info("Not on the main thread: signals of a preemption are not handled.")
+            return False
+        for signum in self._signals:
+            self._previous[signum] = signal.signal(signum, self._note)
+        return True
+
+    def remove(self) -> None:
+        """Puts the handlers before back, where nobody else has replaced ours since."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum, previous in self._previous.items():
+            if signal.getsignal(signum) == self._note:
+                # None: a handler that was not installed from Python, and cannot be put back.
+                signal.signal(signum, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+    def end(self, saved_step: int, grace_period_s: float | None) -> NoReturn:
+        """Ends the training, which is saved: tells the handler before, and raises `Preempted`.
+
+        Args:
+            saved_step: The step that is durable.
+            grace_period_s: Seconds that there were, if known; a longer save is logged.
+        """
+        assert self.received is not None
+        waited_s = time.monotonic() - self._received_s
+        if grace_period_s is not None and waited_s > grace_period_s:
+            _logger.warning(
+                "The save before preemption was durable %.1f s after the signal, but the grace "
+                "period is %.1f s. Save more often, or a smaller state.",
+                waited_s,
+                grace_period_s,
+            )
+        previous = self._previous.get(self.received)
+        self.remove()
+        # Python's own for SIGINT is not called: it would only raise `KeyboardInterrupt`.
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(self.received, None)
+        raise Preempted(self.received, saved_step, waited_s)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        if not self._is_in_fit(frame) or (again and signum == signal.SIGINT):
+            self.remove()
+            signal.raise_signal(signum)  # to whom it would have gone without us
+            return
+        if not again:
+            self._received_s = time.monotonic()
+            self.received = signum

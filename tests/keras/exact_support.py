@@ -1,0 +1,375 @@
+"""A training with everything that must be put back, to be interrupted and compared.
+
+Run as a program it is the process that is killed: `exact_support.py SOURCE DIRECTORY WHERE HOW`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+
+import keras
+import numpy as np
+
+import stepsave
+
+BACKEND = keras.backend.backend()
+SAMPLES = 26
+BATCH = 4
+STEPS = 7  # the last batch has two samples
+EPOCHS = 4
+SEED = 11
+WIDTH = 5
+
+
+class StopError(RuntimeError):
+    """What a training is interrupted by that is not killed."""
+
+
+def samples():
+    """Inputs whose first column numbers them, and targets."""
+    random = np.random.default_rng(3)
+    x = random.standard_normal((SAMPLES, WIDTH)).astype(np.float32)
+    x[:, 0] = np.arange(SAMPLES)
+    y = (x[:, 1:].sum(axis=1, keepdims=True) > 0).astype(np.float32)
+    return x, y
+
+
+@keras.saving.register_keras_serializable("stepsave_tests")
+class Journal(keras.layers.Layer):
+    """Notes for each step which samples it saw, in a variable: it is saved and restored too."""
+
+    def __init__(self, steps=EPOCHS * STEPS + 1, count=SAMPLES, **kwargs):
+        super().__init__(**kwargs)
+        self.steps, self.count = steps, count
+
+    def build(self, _):
+        def add(name, shape):
+            return self.add_weight(
+                name=name, shape=shape, initializer="zeros", trainable=False, dtype="float32"
+            )
+
+        self.seen = add("seen", (self.steps, self.count))
+        self.step = add("step", ())
+
+    def call(self, x, training=False):
+        if training:
+            ids = keras.ops.cast(x[:, 0], "int32")
+            row = keras.ops.sum(keras.ops.one_hot(ids, self.count, dtype="float32"), axis=0)
+            at = keras.ops.one_hot(keras.ops.cast(self.step, "int32"), self.steps, dtype="float32")
+            self.seen.assign_add(at[:, None] * row[None, :])
+            self.step.assign_add(1.0)
+        return x[:, 1:]
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], shape[-1] - 1)
+
+    def get_config(self):
+        return super().get_config() | {"steps": self.steps, "count": self.count}
+
+
+def make_model(optimizer=None, **compile_arguments):
+    layers = keras.layers
+    inputs = keras.Input((WIDTH,))
+    x = Journal(name="journal", dtype="float32")(inputs)
+    x = layers.Dense(6, activation="tanh", name="first")(x)
+    x = layers.BatchNormalization(name="normed")(x)
+    x = layers.Dropout(0.4, name="dropped")(x)
+    x = layers.Dense(1, activation="sigmoid", name="last")(x)
+    model = keras.Model(inputs, x, name="exact")
+    model.compile(
+        optimizer or keras.optimizers.Adam(0.05),
+        "binary_crossentropy",
+        metrics=["mae", keras.metrics.AUC(num_thresholds=10, name="auc")],
+        **compile_arguments,
+    )
+    return model
+
+
+class Counts(keras.callbacks.Callback):
+    """A callback of a user, with a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = []
+        self.noise = np.zeros(3)
+        self.seen = (
+            None  # not after training: EarlyStopping puts the best weights back, all of them
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        # Draws between epochs, as callbacks do, from all that a training may draw from.
+        self.epochs.append((epoch, float(np.random.random())))
+        self.noise = self.noise + np.random.random(3)
+        journal = self.model.get_layer("journal")
+        self.seen = np.array(keras.ops.convert_to_numpy(journal.seen.value))
+
+    def get_state(self):
+        return {"epochs": self.epochs, "noise": self.noise}
+
+    def set_state(self, state):
+        self.epochs, self.noise = state["epochs"], state["noise"]
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends a training in one of three places, in one of three ways."""
+
+    def __init__(self, where, how, backup, times=1):
+        super().__init__()
+        self.where, self.how, self.backup, self.times = where, how, backup, times
+        self.step = 0
+
+    def fire(self):
+        if not self.times:
+            return
+        self.times -= 1
+        if self.how == "exception":
+            raise StopError
+        if self.how == "SIGKILL":
+            # What is committed decides, so let it be the same as with an exception.
+            self.backup._saver.wait()
+        os.kill(os.getpid(), getattr(signal, self.how))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.where == "middle" and (self.epoch, batch) == (1, 5):
+            self.fire()
+        if self.where == "epoch" and (self.epoch, batch) == (2, 1):
+            self.fire()
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if self.where == "validation" and self.epoch == 1 and batch == 1:
+            self.fire()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.where == "epoch end" and epoch == 1:
+            self.fire()
+
+
+# Data.
+
+
+class Rows(keras.utils.PyDataset):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.x, self.y = samples()
+        self.loaded = []
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        rows = slice(index * BATCH, (index + 1) * BATCH)
+        return self.x[rows], self.y[rows]
+
+
+class ShuffledRows(Rows):
+    """Shuffles itself, and says how it is shuffled."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.order = np.arange(SAMPLES)
+
+    def __getitem__(self, index):
+        rows = self.order[index * BATCH : (index + 1) * BATCH]
+        return self.x[rows], self.y[rows]
+
+    def on_epoch_end(self):
+        np.random.shuffle(self.order)
+
+    def get_state(self):
+        return self.order
+
+    def set_state(self, state):
+        self.order = np.array(state)
+
+
+def generator():
+    x, y = samples()
+    random = np.random.default_rng(5)
+    while True:
+        order = random.permutation(SAMPLES)
+        for i in range(STEPS):
+            rows = order[i * BATCH : (i + 1) * BATCH]
+            yield x[rows], y[rows]
+
+
+def tf_dataset(*, unknown=False, repeat=False):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(samples()).shuffle(SAMPLES)
+    if repeat:
+        dataset = dataset.repeat()
+    dataset = dataset.batch(BATCH)
+    if unknown:
+        dataset = dataset.filter(lambda *_: True)
+    return dataset
+
+
+class TorchRows:
+    def __init__(self):
+        self.x, self.y = samples()
+        self.loaded = []
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return self.x[index], self.y[index]
+
+
+def torch_loader(cls=None, **kwargs):
+    import torch
+
+    cls = cls or torch.utils.data.DataLoader
+    return cls(TorchRows(), batch_size=BATCH, shuffle=True, **kwargs)
+
+
+def stateful_loader():
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return torch_loader(StatefulDataLoader)
+
+
+class GrainRows:
+    def __init__(self):
+        self.x, self.y = samples()
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+    def __repr__(self):
+        return "GrainRows()"  # grain compares data by this when it goes on at a place
+
+
+def grain_map():
+    import grain
+
+    return grain.MapDataset.source(GrainRows()).seed(3).shuffle().batch(BATCH)
+
+
+def grain_loader():
+    import grain
+
+    sampler = grain.samplers.IndexSampler(SAMPLES, shuffle=True, seed=1, num_epochs=1)
+    return grain.DataLoader(
+        data_source=GrainRows(), sampler=sampler, operations=[grain.transforms.Batch(BATCH)]
+    )
+
+
+def arrays(shuffle):
+    x, y = samples()
+    return {"x": x, "y": y, "batch_size": BATCH, "shuffle": shuffle}
+
+
+SOURCES = {
+    "arrays": lambda: arrays(True),
+    "arrays in order": lambda: arrays(False),
+    "arrays, batches shuffled": lambda: arrays("batch"),
+    "PyDataset": lambda: {"x": Rows(), "shuffle": True},
+    "PyDataset with threads": lambda: {"x": Rows(workers=2), "shuffle": True},
+    "PyDataset that shuffles itself": lambda: {"x": ShuffledRows(), "shuffle": False},
+    "tf.data": lambda: {"x": tf_dataset()},
+    "tf.data, repeated": lambda: {"x": tf_dataset(repeat=True), "steps_per_epoch": STEPS},
+    "tf.data, length unknown": lambda: {"x": tf_dataset(unknown=True)},
+    "torch DataLoader": lambda: {"x": torch_loader()},
+    "torch DataLoader with workers": lambda: {"x": torch_loader(num_workers=2)},
+    "StatefulDataLoader": lambda: {"x": stateful_loader()},
+    "grain MapDataset": lambda: {"x": grain_map()},
+    "grain IterDataset": lambda: {"x": grain_map().to_iter_dataset()},
+    "grain DataLoader": lambda: {"x": grain_loader()},
+    "generator": lambda: {"x": generator(), "steps_per_epoch": STEPS},
+}
+
+
+class Result:
+    """What a training left behind, as bits."""
+
+    def __init__(self, model, history, callbacks):
+        early, plateau, counts = callbacks
+        variables = [*model.variables, *model.optimizer.variables]
+        # Keras numbers names by how many there were before in the process.
+        self.bits = {
+            f"{i} {re.sub(r'_[0-9]+', '', variable.path)}": _bits(variable)
+            for i, variable in enumerate(variables)
+        }
+        self.logs = {
+            epoch: {name: values[i] for name, values in history.history.items()}
+            for i, epoch in enumerate(history.epoch)
+        }
+        best = [np.asarray(weights).tobytes() for weights in early.best_weights or ()]
+        self.callbacks = (
+            (early.wait, early.best, early.best_epoch, best),
+            (plateau.wait, plateau.best, plateau.cooldown_counter),
+            (counts.epochs, counts.noise.tobytes()),
+        )
+        self.drawn = (
+            float(np.random.random()),
+            keras.ops.convert_to_numpy(keras.random.uniform((2,))).tolist(),
+        )
+        self.seen = counts.seen
+
+    def differences(self, other):
+        """Names of all that differs, in full."""
+        found = [name for name in self.bits if self.bits[name] != other.bits.get(name)]
+        for name in ("callbacks", "drawn"):
+            if getattr(self, name) != getattr(other, name):
+                found.append(f"{name}: {getattr(self, name)} {getattr(other, name)}")
+        for epoch, logs in self.logs.items():
+            if logs != other.logs[epoch]:
+                found.append(f"logs of epoch {epoch}: {logs} {other.logs[epoch]}")
+        return found
+
+
+def _bits(variable):
+    return keras.ops.convert_to_numpy(variable.value).tobytes()
+
+
+def train(source, backup=None, interrupt=None, *, model=None, arguments=None, more=()):
+    """Runs the training of these tests; seeds everything first, as a script does."""
+    keras.utils.set_random_seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)  # Keras does so on its backend only
+    model = make_model() if model is None else model()
+    data = SOURCES[source]()
+    data.setdefault("shuffle", False)
+    data |= arguments or {}
+    early = keras.callbacks.EarlyStopping("val_loss", patience=50, restore_best_weights=True)
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.7, patience=1, min_delta=0.05)
+    rate = keras.callbacks.LearningRateScheduler(lambda _, rate: float(rate * 0.9))
+    counts = Counts()
+    callbacks = [early, backup, plateau, rate, counts, *more, interrupt]
+    x, y = samples()
+    history = model.fit(
+        **data,
+        epochs=EPOCHS,
+        verbose=0,
+        validation_data=(x[:12], y[:12]),
+        validation_batch_size=BATCH,
+        callbacks=[callback for callback in callbacks if callback is not None],
+    )
+    return Result(model, history, (early, plateau, counts))
+
+
+def backup_for(directory, how, *, save_freq=3, **kwargs):
+    if how == "SIGTERM":
+        return stepsave.BackupAndRestore(
+            directory, save_freq=False, save_before_preemption=True, **kwargs
+        )
+    return stepsave.BackupAndRestore(directory, save_freq, **kwargs)
+
+
+if __name__ == "__main__":
+    source, directory, where, how = sys.argv[1:]
+    backup = backup_for(directory, how)
+    train(source, backup, Interrupt(where, how, backup))
+    raise SystemExit("the training ended, but was to be interrupted")
