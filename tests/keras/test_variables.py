@@ -21,13 +21,13 @@ from keras_support import (
 )
 
 import stepsave
+from stepsave.model_config import model_config
 from stepsave.tree import unflatten
 from stepsave.variables import (
     COLLECTIONS,
     ModelVariables,
     _partners,
     _unique_paths,
-    model_config,
     prepare_model,
     restore_variables,
 )
