@@ -1,6 +1,8 @@
 """Bugs of Keras's own callback, shown there, and shown not to be in stepsave's."""
 # ruff: noqa: ARG002  callbacks have Keras's signatures
 
+import shutil
+
 import keras
 import pytest
 from keras_support import (
@@ -163,7 +165,7 @@ def test_the_same_instance_and_model_go_on(backup_dir):
     # The save of step 9 is drained, whether it was durable when `fit` raised or not.
     history = fit(model, callback, epochs=5)
     assert history.epoch == [1, 2, 3, 4]
-    assert step_numbers(model) == {9 + 4 * STEPS}
+    assert step_numbers(model) == {5 * STEPS}
     assert callback._current_epoch == 5
     assert not backup_dir.exists()
 
@@ -173,7 +175,7 @@ def test_a_new_instance_takes_over_from_an_interrupted_one_still_alive(backup_di
     model = step_model()
     new = stepsave.BackupAndRestore(backup_dir, 3)
     assert fit(model, new, epochs=5).epoch == [1, 2, 3, 4]
-    assert step_numbers(model) == {9 + 4 * STEPS}
+    assert step_numbers(model) == {5 * STEPS}
     del old
 
 
@@ -194,13 +196,27 @@ def test_an_instance_can_back_up_one_fit_after_another(backup_dir):
         assert step_numbers(model) == {2 * STEPS}
 
 
-def test_global_steps_go_on_after_a_resume(backup_dir, saves):
+@pytest.mark.parametrize(
+    ("resume", "expected"),
+    [
+        ("batch", [(12, 1, 5, 12)]),
+        ("epoch", [(12, 1, 3, 12), (15, 1, 6, 15)]),  # step 10 is batch 0 of epoch 1
+    ],
+)
+def test_global_steps_go_on_after_a_resume(resume, expected, backup_dir, saves):
     _, callback = interrupted(backup_dir, 3, step=10)
     leave(callback)
     saves.clear()
-    fit(step_model(), stepsave.BackupAndRestore(backup_dir, 3), epochs=2)
-    # Epoch 1 is repeated from its head: step 10 is its batch 0.
-    assert saves == [(12, 1, 3, 12), (15, 1, 6, 15)]
+    fit(step_model(), stepsave.BackupAndRestore(backup_dir, 3, resume=resume), epochs=2)
+    assert saves == expected
+
+
+def test_with_resume_epoch_the_epoch_is_repeated_as_keras_does(backup_dir):
+    model, callback = interrupted(backup_dir, 3, step=10)
+    leave(callback)
+    callback = stepsave.BackupAndRestore(backup_dir, 3, resume="epoch")
+    assert fit(model, callback, epochs=5).epoch == [1, 2, 3, 4]
+    assert step_numbers(model) == {9 + 4 * STEPS}
 
 
 def test_an_epoch_whose_batches_are_all_saved_is_not_repeated(backup_dir):
@@ -212,8 +228,13 @@ def test_an_epoch_whose_batches_are_all_saved_is_not_repeated(backup_dir):
     data = keras.ops.zeros((4, 3)), keras.ops.zeros((4, 1))
     fit_interrupted(step_model(), callback, FailingValidation(), epochs=3, validation_data=data)
     leave(callback)
+    shutil.copytree(backup_dir, backup_dir.with_name("copy"))
     model = step_model()
-    assert fit(model, stepsave.BackupAndRestore(backup_dir), epochs=3).epoch == [1, 2]
+    assert fit(model, stepsave.BackupAndRestore(backup_dir), epochs=3).epoch == [0, 1, 2]
+    assert step_numbers(model) == {3 * STEPS}  # of epoch 0 only the validation was left
+    model = step_model()
+    callback = stepsave.BackupAndRestore(backup_dir.with_name("copy"), resume="epoch")
+    assert fit(model, callback, epochs=3).epoch == [1, 2]
     assert step_numbers(model) == {3 * STEPS}
 
 
