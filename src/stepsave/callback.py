@@ -20,7 +20,7 @@ from stepsave.checkpointer import Checkpointer, WhenBusy
 from stepsave.directories import take_directory
 from stepsave.errors import DirectoryBusyError
 from stepsave.fit_loop import FitLoop
-from stepsave.fit_state import BeforeValidation, FitState, RestoredFit, capture_rng, restore_fit
+from stepsave.fit_state import BeforeValidation, Cut, FitState, RestoredFit, restore_fit
 from stepsave.keras_files import KerasFiles
 from stepsave.keras_internals import RunningFit, is_in_fit
 from stepsave.preemption import PreemptionSignals, check_signals
@@ -145,7 +145,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._saved_step = 0
         self._batch_begun = 0
         self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
-        self._rng_at_end: dict[str, Any] | None = None  # of the epoch's batches
+        self._end: Cut | None = None  # of the epoch's batches
         self._before_validation: BeforeValidation | None = None
 
     def stats(self) -> SaveStats | None:
@@ -175,7 +175,8 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         """Called when all callbacks have begun, and perhaps reset themselves."""
         if self._restored is not None:
             self._restored.put_back(self._siblings())
-            self._restored.put_back_history(self._trained_model())
+            if self.history == "all":
+                self._restored.put_back_history(self._trained_model())
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Waits until everything is durable, and removes the backup if so asked.
@@ -209,7 +210,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._restored = None
         self._in_epoch = True
         self._batches_ended = self._batch_begun = 0
-        self._rng_at_end = None
+        self._end = None
         if self._state is not None:
             self._state.begin_epoch()
 
@@ -241,8 +242,8 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             self._save(progress.epoch, progress.batches_done)
         if self._signals is not None:
             self._end_if_preempted(progress.epoch, progress.batches_done)
-            if progress.batches_done == progress.steps:
-                self._rng_at_end = capture_rng()
+            if progress.batches_done == progress.steps and self._loop is not None:
+                self._end = Cut.take(self._loop)
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         # Always called by the thread of `fit`, after the last step and before the next, and
@@ -276,8 +277,9 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             single = self._trained_model().steps_per_execution == 1
             self._advance_and_save(max(self._batches_ended, self._batch_begun + 1 if single else 0))
         elif self._signals is not None:
-            model = self._trained_model()
-            self._before_validation = BeforeValidation.take(model, self._rng_at_end)
+            # Where Keras learns the length by reading on, nothing was begun after the last batch.
+            end = self._end or Cut.take(self._loop)
+            self._before_validation = BeforeValidation.take(self._trained_model(), end)
 
     def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self._in_epoch:

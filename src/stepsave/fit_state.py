@@ -31,7 +31,7 @@ from stepsave.variables import (
     restore_variables,
 )
 
-__all__ = ("BeforeValidation", "FitState", "RestoredFit", "restore_fit")
+__all__ = ("BeforeValidation", "Cut", "FitState", "RestoredFit", "restore_fit")
 
 _CALLBACKS = "callbacks"  # collections of leaves beside those of the variables
 _RNG = "rng"
@@ -42,22 +42,30 @@ class BeforeValidation:
     """What validation changes and a backup from its midst must hold as it was before.
 
     Attributes:
-        rng: The random generators at the cut after the last batch.
+        end: The cut after the last batch.
         metrics: Values of the metrics, accumulated over the epoch, by identity of variable.
     """
 
-    rng: dict[str, Any]
+    end: Cut
     metrics: Mapping[int, Any]
 
     @classmethod
-    def take(cls, model: Any, rng_state: dict[str, Any] | None) -> BeforeValidation:
+    def take(cls, model: Any, end: Cut) -> BeforeValidation:
         metrics = {id(v): keras_internals.to_numpy(v.value).copy() for v in model.metrics_variables}
-        return cls(rng_state or capture_rng(), metrics)
+        return cls(end, metrics)
 
 
-def capture_rng() -> dict[str, Any]:
-    """The global random generators on the host, as a document for JSON."""
-    return rng.capture(keras=False).to_json()
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cut:
+    """The random generators on the host and the data at a cut, as documents for JSON."""
+
+    rng: dict[str, Any]
+    stream: dict[str, Any]
+
+    @classmethod
+    def take(cls, loop: FitLoop, *, between_epochs: bool = False) -> Cut:
+        state = rng.capture(keras=False)
+        return cls(state.to_json(), loop.stream(between_epochs=between_epochs).to_json())
 
 
 class FitState:
@@ -117,9 +125,10 @@ class FitState:
             return document, arrays
         if any(callback_states.has_state_per_batch(sibling) for sibling in siblings):
             keras_internals.flush(loop.callbacks)
+        cut = before.end if before else Cut.take(loop, between_epochs=position.batch == 0)
         document["resume"] = {
-            "rng": capture_rng() if before is None else before.rng,
-            "stream": loop.stream(between_epochs=position.batch == 0).to_json(),
+            "rng": cut.rng,
+            "stream": cut.stream,
             "data": loop.source.name,
             "callbacks": callback_states.capture(siblings, arrays),
             "stop_training": bool(model.stop_training),

@@ -1,14 +1,16 @@
 """A training with everything that must be put back, to be interrupted and compared.
 
-Run as a program it is the process that is killed: `exact_support.py SOURCE DIRECTORY WHERE HOW`.
+Run as a program it makes processes that are killed: see `serve`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
+import traceback
 
 import keras
 import numpy as np
@@ -95,6 +97,7 @@ class Counts(keras.callbacks.Callback):
         super().__init__()
         self.epochs = []
         self.noise = np.zeros(3)
+        self.logs = {}
         self.seen = (
             None  # not after training: EarlyStopping puts the best weights back, all of them
         )
@@ -103,6 +106,7 @@ class Counts(keras.callbacks.Callback):
         # Draws between epochs, as callbacks do, from all that a training may draw from.
         self.epochs.append((epoch, float(np.random.random())))
         self.noise = self.noise + np.random.random(3)
+        self.logs[epoch] = dict(logs)
         journal = self.model.get_layer("journal")
         self.seen = np.array(keras.ops.convert_to_numpy(journal.seen.value))
 
@@ -116,10 +120,10 @@ class Counts(keras.callbacks.Callback):
 class Interrupt(keras.callbacks.Callback):
     """Ends a training in one of three places, in one of three ways."""
 
-    def __init__(self, where, how, backup, times=1):
+    def __init__(self, where, how, backup, batch=5):
         super().__init__()
-        self.where, self.how, self.backup, self.times = where, how, backup, times
-        self.step = 0
+        self.where, self.how, self.backup, self.batch = where, how, backup, batch
+        self.times = 1
 
     def fire(self):
         if not self.times:
@@ -136,9 +140,10 @@ class Interrupt(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self.where == "middle" and (self.epoch, batch) == (1, 5):
+        if self.where == "middle" and (self.epoch, batch) == (1, self.batch):
             self.fire()
-        if self.where == "epoch" and (self.epoch, batch) == (2, 1):
+        # The last epoch is saved when all callbacks know of its end, so it is killed after that.
+        if self.where == "epoch end" and self.how != "SIGTERM" and (self.epoch, batch) == (2, 1):
             self.fire()
 
     def on_test_batch_begin(self, batch, logs=None):
@@ -146,7 +151,7 @@ class Interrupt(keras.callbacks.Callback):
             self.fire()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.where == "epoch end" and epoch == 1:
+        if self.where == "epoch end" and self.how == "SIGTERM" and epoch == 1:
             self.fire()
 
 
@@ -291,6 +296,11 @@ SOURCES = {
 }
 
 
+if BACKEND != "torch":
+    # It forks, which processes with JAX or TensorFlow in them do not always survive.
+    del SOURCES["torch DataLoader with workers"]
+
+
 class Result:
     """What a training left behind, as bits."""
 
@@ -302,10 +312,8 @@ class Result:
             f"{i} {re.sub(r'_[0-9]+', '', variable.path)}": _bits(variable)
             for i, variable in enumerate(variables)
         }
-        self.logs = {
-            epoch: {name: values[i] for name, values in history.history.items()}
-            for i, epoch in enumerate(history.epoch)
-        }
+        self.logs = counts.logs
+        self.history = (history.epoch, history.history)
         best = [np.asarray(weights).tobytes() for weights in early.best_weights or ()]
         self.callbacks = (
             (early.wait, early.best, early.best_epoch, best),
@@ -334,11 +342,23 @@ def _bits(variable):
     return keras.ops.convert_to_numpy(variable.value).tobytes()
 
 
-def train(source, backup=None, interrupt=None, *, model=None, arguments=None, more=()):
+def train(
+    source,
+    backup=None,
+    interrupt=None,
+    *,
+    model=None,
+    arguments=None,
+    before=(),
+    more=(),
+    rate_callbacks=True,
+):
     """Runs the training of these tests; seeds everything first, as a script does."""
     keras.utils.set_random_seed(SEED)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(SEED)  # Keras does so on its backend only
+    if BACKEND != "torch" and ("torch" in source or "Loader" in source):
+        import torch
+
+        torch.manual_seed(SEED)  # Keras does so on its backend only
     model = make_model() if model is None else model()
     data = SOURCES[source]()
     data.setdefault("shuffle", False)
@@ -347,7 +367,8 @@ def train(source, backup=None, interrupt=None, *, model=None, arguments=None, mo
     plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.7, patience=1, min_delta=0.05)
     rate = keras.callbacks.LearningRateScheduler(lambda _, rate: float(rate * 0.9))
     counts = Counts()
-    callbacks = [early, backup, plateau, rate, counts, *more, interrupt]
+    rates = [plateau, rate] if rate_callbacks else []
+    callbacks = [*before, early, backup, *rates, counts, *more, interrupt]
     x, y = samples()
     history = model.fit(
         **data,
@@ -360,16 +381,48 @@ def train(source, backup=None, interrupt=None, *, model=None, arguments=None, mo
     return Result(model, history, (early, plateau, counts))
 
 
-def backup_for(directory, how, *, save_freq=3, **kwargs):
+SAVE_FREQ = {"middle": 3, "epoch end": "epoch", "validation": STEPS}
+
+
+def backup_for(directory, how, where="middle", **kwargs):
+    """The callback that goes with an interruption: with SIGTERM it saves only then."""
     if how == "SIGTERM":
         return stepsave.BackupAndRestore(
             directory, save_freq=False, save_before_preemption=True, **kwargs
         )
-    return stepsave.BackupAndRestore(directory, save_freq, **kwargs)
+    return stepsave.BackupAndRestore(directory, **{"save_freq": SAVE_FREQ[where]} | kwargs)
+
+
+def train_until_killed(source, directory, where, how):
+    keras.config.disable_interactive_logging()
+    backup = backup_for(directory, how, where)
+    train(source, backup, Interrupt(where, how, backup))
+
+
+def serve():
+    """Runs trainings that are killed, each in a process of its own; prints how each ended.
+
+    The processes are forked from this one, which has imported everything and computed nothing:
+    importing takes longer than these trainings.
+    """
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                train_until_killed(*arguments)
+                print("the training ended, but was to be interrupted", file=sys.stderr)
+            except SystemExit as e:
+                status = e.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, ended = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(ended), flush=True)
 
 
 if __name__ == "__main__":
-    source, directory, where, how = sys.argv[1:]
-    backup = backup_for(directory, how)
-    train(source, backup, Interrupt(where, how, backup))
-    raise SystemExit("the training ended, but was to be interrupted")
+    serve()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 import time
@@ -48,9 +49,11 @@ def train(directory: str, announce_from: list[int] | None) -> None:
     model.fit(images, labels, batch_size=_BATCH_SIZE, epochs=EPOCHS, verbose=0, callbacks=callbacks)
     outcome = Outcome(
         first_epoch=start.epoch,
+        first_batch=start.batch,
         first_step=start.step,
         last_step=int(model.optimizer.iterations.numpy()),
         accuracy=model.evaluate(*test_set, verbose=0, return_dict=True)["accuracy"],
+        digest=_digest(model),
     )
     print(outcome.to_line(), flush=True)
 
@@ -72,27 +75,27 @@ def compare(directory: str) -> None:
     def fit_one_epoch(callbacks: list[Any]) -> None:
         model.fit(images, labels, batch_size=_BATCH_SIZE, verbose=0, callbacks=callbacks)
 
-    fit_one_epoch([_Stopwatch().begin])  # compiles
+    fit_one_epoch([_Stopwatch().callback])  # compiles
     for turn in range(_ROUNDS):  # by turns, so that a noisy moment hits both
         backup = stepsave.BackupAndRestore(
             os.path.join(directory, f"stepsave-{turn}"), save_freq=SAVE_FREQ
         )
-        fit_one_epoch(ours.around(backup))
+        fit_one_epoch([ours.callback, backup])
         stats = backup.stats()
         assert stats is not None
         durables_s.append(stats.durable_median_s)
         keras_backup = keras_callbacks.BackupAndRestore(
             os.path.join(directory, f"keras-{turn}"), save_freq=SAVE_FREQ
         )
-        fit_one_epoch(theirs.around(keras_backup))
+        fit_one_epoch([theirs.callback, keras_backup])
     assert stats is not None
     comparison = Comparison(
         state_bytes=stats.state_bytes // stats.started,
         writer=stats.writer,
-        saves=len(ours.hooks_s),
-        stall_s=statistics.median(ours.hooks_s),
+        saves=len(ours.saves_s),
+        stall_s=statistics.median(ours.saves_s),
         durable_s=statistics.median(durables_s),
-        keras_stall_s=statistics.median(theirs.hooks_s),
+        keras_stall_s=statistics.median(theirs.saves_s),
     )
     print(comparison.to_line(), flush=True)
 
@@ -128,24 +131,52 @@ def _build_model() -> Any:
     return model
 
 
+def _digest(model: Any) -> str:
+    """Returns a SHA-256 of every bit that training changes in the model and the optimizer.
+
+    Seeds of the dropout are among the variables. Their names are left out: Keras numbers them.
+    """
+    digest = hashlib.sha256()
+    for variable in (*model.variables, *model.optimizer.variables):
+        array = np.asarray(keras.ops.convert_to_numpy(variable.value))
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 class _StartRecorder(keras.callbacks.Callback):
-    """Notes where training begins, as the optimizer and `fit` see it."""
+    """Notes where training begins, as the optimizer and `fit` see it.
+
+    Attributes:
+        step: The optimizer's step counter when training began.
+        epoch: Epoch of the first batch that is trained, from 0; -1 if none is.
+        batch: That batch in the epoch, from 0; -1 if none is.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.epoch = EPOCHS
         self.step = 0
+        self.epoch = self.batch = -1
+        self._current_epoch = -1
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         model: Any = self.model
         self.step = int(model.optimizer.iterations.numpy())
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self.epoch = min(self.epoch, epoch)
+        self._current_epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self.epoch < 0:
+            self.epoch, self.batch = self._current_epoch, batch
 
 
 class _Announcer(keras.callbacks.Callback):
-    """Prints each save that is in flight, from a given moment on; comes after `backup`."""
+    """Prints each save that is in flight in the middle of an epoch, from a given moment on.
+
+    It looks when the next batch begins: the save is made when all callbacks know that the
+    batch before has ended.
+    """
 
     def __init__(self, backup: stepsave.BackupAndRestore, announce_from: list[int]) -> None:
         super().__init__()
@@ -156,40 +187,42 @@ class _Announcer(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._epoch = epoch
 
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        if [self._epoch, batch + 1] < self._announce_from:
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        done = batch  # batches, as they are numbered from 0
+        if not done or [self._epoch, done] < self._announce_from:
             return
         params: Any = self.params
         steps_per_epoch = params["steps"]
-        step = self._epoch * steps_per_epoch + batch + 1
+        step = self._epoch * steps_per_epoch + done
         stats = self._backup.stats()
         if step % SAVE_FREQ == 0 and stats is not None and stats.started > stats.committed:
-            print(InFlight(self._epoch, batch + 1, steps_per_epoch, step).to_line(), flush=True)
+            print(InFlight(self._epoch, done, steps_per_epoch, step).to_line(), flush=True)
 
 
 class _Stopwatch:
-    """Measures what a callback does when a batch after which it saves has ended.
+    """Measures how long training waits between two batches for a callback that saves.
+
+    stepsave saves when all callbacks know that a batch has ended, Keras's callback when it is
+    told so itself; both do it before the next batch begins.
 
     Attributes:
-        begin: Keras callback to put before the measured one. As it is not `async_safe`,
+        callback: Keras callback to put before the measured one. As it is not `async_safe`,
             Keras waits for each step before it calls the callbacks; so no time of a step is
             counted as time of a save.
-        hooks_s: Time of each hook call that saved.
+        saves_s: From the end of each batch after which a save is due to the next batch.
     """
 
     def __init__(self) -> None:
-        self.hooks_s: list[float] = []
-        self._began_s = 0.0
-        self.begin: Any = keras.callbacks.LambdaCallback(on_train_batch_end=self._begin_hook)
-        self._end: Any = keras.callbacks.LambdaCallback(on_train_batch_end=self._end_hook)
+        self.saves_s: list[float] = []
+        self._ended_s = 0.0
+        self.callback: Any = keras.callbacks.LambdaCallback(
+            on_train_batch_end=self._end_batch, on_train_batch_begin=self._begin_batch
+        )
 
-    def around(self, callback: Any) -> list[Any]:
-        """Returns callbacks for a `fit` of one epoch that measure the given one."""
-        return [self.begin, callback, self._end]
+    def _end_batch(self, batch: int, logs: Any) -> None:
+        self._ended_s = time.perf_counter()
 
-    def _begin_hook(self, batch: int, logs: Any) -> None:
-        self._began_s = time.perf_counter()
-
-    def _end_hook(self, batch: int, logs: Any) -> None:
-        if (batch + 1) % SAVE_FREQ == 0:
-            self.hooks_s.append(time.perf_counter() - self._began_s)
+    def _begin_batch(self, batch: int, logs: Any) -> None:
+        # No save is due after the last batch of the epoch.
+        if batch and batch % SAVE_FREQ == 0:
+            self.saves_s.append(time.perf_counter() - self._ended_s)

@@ -47,16 +47,20 @@ class Outcome(_Fact):
     """A training has completed.
 
     Attributes:
-        first_epoch: Epoch, from 0, in which it began or went on.
-        first_step: The optimizer's step counter at that moment.
+        first_epoch: Epoch, from 0, of the first batch that this process trained.
+        first_batch: That batch in the epoch, from 0.
+        first_step: The optimizer's step counter before it.
         last_step: The same at the end.
         accuracy: Share of the test images that are classified correctly.
+        digest: SHA-256 of every bit of the model and the optimizer at the end, in hexadecimal.
     """
 
     first_epoch: int
+    first_batch: int
     first_step: int
     last_step: int
     accuracy: float
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,336 @@
+"""Exact resume with everything that `fit` and `compile` can be asked for."""
+# ruff: noqa: ARG002  callbacks have Keras's signatures
+
+import shutil
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from exact_support import (
+    BACKEND,
+    BATCH,
+    EPOCHS,
+    SAMPLES,
+    STEPS,
+    Interrupt,
+    Rows,
+    StopError,
+    make_model,
+    train,
+)
+
+import stepsave
+
+several_steps_per_call = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras <= 3.15 on torch raises for steps_per_execution > 1"
+)
+
+
+def interrupted(directory, *, save_freq=3, where="middle", source="arrays", **kwargs):
+    """Interrupts a training, and returns what the one that resumes it leaves behind."""
+    backup = stepsave.BackupAndRestore(directory, save_freq)
+    with pytest.raises(StopError):
+        train(source, backup, Interrupt(where, "exception", backup), **kwargs)
+    backup._saver.close()
+    return train(source, stepsave.BackupAndRestore(directory, save_freq), **kwargs)
+
+
+def optimizer(**kwargs):
+    return lambda: make_model(keras.optimizers.Adam(0.05, **kwargs))
+
+
+def compiled(**kwargs):
+    return lambda: make_model(**kwargs)
+
+
+CASES = {
+    "gradient accumulation": {"model": optimizer(gradient_accumulation_steps=3)},
+    "moving averages of weights": {"model": optimizer(use_ema=True, ema_overwrite_frequency=4)},
+    "loss scaling": {
+        "model": lambda: make_model(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)))
+    },
+    "a schedule": {
+        "model": lambda: make_model(
+            keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 30))
+        ),
+        "rate_callbacks": False,
+    },
+    "eager": {"model": compiled(run_eagerly=True)},
+    "not compiled": {"model": compiled(jit_compile=False)},
+    "class_weight": {"arguments": {"class_weight": {0: 0.3, 1: 2.0}}},
+    "initial_epoch": {"arguments": {"initial_epoch": 1}},
+    "steps_per_epoch": {"arguments": {"steps_per_epoch": STEPS}},
+    "validation_freq": {"arguments": {"validation_freq": 2}},
+}
+if BACKEND != "torch":  # which does not compile here
+    CASES["compiled"] = {"model": compiled(jit_compile=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.filterwarnings("ignore:Early stopping conditioned on metric")
+def test_a_training_with_it_is_resumed_exactly(name, tmp_path):
+    case = CASES[name]
+    expected = train("arrays", **case)
+    assert not interrupted(tmp_path / "backup", **case).differences(expected)
+
+
+@several_steps_per_call
+@pytest.mark.parametrize("where", ["middle", "validation"])
+@pytest.mark.parametrize("source", ["arrays", "PyDataset", "tf.data", "tf.data, repeated"])
+def test_several_steps_per_call_are_resumed_exactly(where, source, tmp_path):
+    case = {"source": source, "model": compiled(steps_per_execution=3)}
+    backup = stepsave.BackupAndRestore(tmp_path, 1)
+    # Calls begin with batches 0, 3 and 6.
+    stop = Interrupt(where, "exception", backup, batch=6)
+    with pytest.raises(StopError):
+        train(case["source"], backup, stop, model=case["model"])
+    backup._saver.close()
+    found = train(source, stepsave.BackupAndRestore(tmp_path, 1), model=case["model"])
+    assert not found.differences(train(source, model=case["model"]))
+
+
+def test_two_interruptions_in_a_row_are_resumed_exactly(tmp_path):
+    expected = train("PyDataset")
+    for where in ("middle", "validation", "epoch end"):
+        backup = stepsave.BackupAndRestore(tmp_path, 3 if where == "middle" else 1)
+        with pytest.raises(StopError):
+            train("PyDataset", backup, Interrupt(where, "exception", backup))
+        backup._saver.close()
+    found = train("PyDataset", stepsave.BackupAndRestore(tmp_path, 3))
+    assert not found.differences(expected)
+
+
+def test_an_interruption_right_after_the_resume_is_resumed_exactly(tmp_path):
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        train("tf.data", backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    for _ in range(2):  # no batch is trained, and nothing saved
+        backup = stepsave.BackupAndRestore(tmp_path, 3)
+        with pytest.raises(StopError):
+            train("tf.data", backup, Interrupt("middle", "exception", backup))
+        assert backup._saved_step == 12
+        backup._saver.close()
+    found = train("tf.data", stepsave.BackupAndRestore(tmp_path, 3))
+    assert not found.differences(train("tf.data"))
+
+
+def test_an_interruption_before_the_first_save_is_no_resume(tmp_path):
+    found = interrupted(tmp_path, save_freq=100)
+    assert not found.differences(train("arrays"))
+    assert list(found.logs) == list(range(EPOCHS))
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", STEPS])
+def test_a_completed_training_that_is_run_again_ends_the_same(save_freq, tmp_path):
+    expected = train("arrays", stepsave.BackupAndRestore(tmp_path, save_freq, False))
+    found = train("arrays", stepsave.BackupAndRestore(tmp_path, save_freq, False))
+    assert found.bits == expected.bits
+    assert found.callbacks == expected.callbacks
+
+
+class StopAfter(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_training_that_a_callback_ended_is_not_gone_on_with(dies, tmp_path):
+    class Die(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            if dies:
+                raise StopError
+
+    backup = stepsave.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    try:
+        train("arrays", more=[Die(), backup, StopAfter()])
+    except StopError:
+        backup._saver.close()
+    expected = train("arrays", more=[StopAfter()])
+    found = train("arrays", stepsave.BackupAndRestore(tmp_path))
+    assert found.bits == expected.bits  # the best weights were put back once more
+    assert found.logs == {}
+
+
+def test_the_callback_changes_nothing_in_a_training(tmp_path):
+    backup = stepsave.BackupAndRestore(tmp_path, 1, save_before_preemption=True)
+    assert not train("arrays", backup).differences(train("arrays"))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_the_place_in_the_list_of_callbacks_does_not_matter(first, tmp_path):
+    def run(backup, interrupt=None):
+        ends = [backup, interrupt] if interrupt else [backup]
+        return train("arrays", more=ends if not first else (), before=ends if first else ())
+
+    expected = train("arrays")
+    backup = stepsave.BackupAndRestore(tmp_path)
+    with pytest.raises(StopError):
+        run(backup, Interrupt("epoch end", "exception", backup))
+    backup._saver.close()
+    assert not run(stepsave.BackupAndRestore(tmp_path)).differences(expected)
+
+
+# The history.
+
+
+def test_the_history_is_that_of_the_epochs_run_now_or_of_all(tmp_path):
+    backup = stepsave.BackupAndRestore(tmp_path, 3, history="all")
+    with pytest.raises(StopError):
+        train("arrays", backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    epochs, values = train("arrays").history
+    new = train("arrays", stepsave.BackupAndRestore(tmp_path.with_name("copy"), 3))
+    assert new.history == (epochs[1:], {name: logs[1:] for name, logs in values.items()})
+    found = train("arrays", stepsave.BackupAndRestore(tmp_path, 3, history="all"))
+    assert found.history == (epochs, values)
+
+
+# Averaged weights that are swapped in for validation, or between epochs.
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+@pytest.mark.parametrize("where", ["middle", "epoch end", "validation"])
+@pytest.mark.parametrize("how", ["exception", "SIGTERM"])
+def test_swapped_averages_are_resumed_exactly(swap_on_epoch, where, how, tmp_path):
+    model = optimizer(use_ema=True)
+
+    def run(*callbacks):
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+        return train("arrays", *callbacks, model=model, more=[swap])
+
+    save_freq = "epoch" if where == "epoch end" else 3 if where == "middle" else STEPS
+    backup = stepsave.BackupAndRestore(tmp_path, save_freq, save_before_preemption=True)
+    with pytest.raises(StopError if how == "exception" else stepsave.Preempted):
+        run(backup, Interrupt(where, how, backup))
+    backup._saver.close()
+    assert not run(stepsave.BackupAndRestore(tmp_path)).differences(run())
+
+
+# Callbacks that save models.
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 4])
+def test_keras_own_checkpoints_are_written_for_the_same_batches(save_freq, tmp_path):
+    def run(name, *callbacks):
+        saved = []
+
+        class Noting(keras.callbacks.ModelCheckpoint):
+            def _save_model(self, epoch, batch, logs):
+                saved.append((epoch, batch))
+
+        path = str(tmp_path / f"{name}.weights.h5")
+        noting = Noting(path, save_weights_only=True, monitor="loss", save_freq=save_freq)
+        try:
+            train("arrays", *callbacks, more=[noting])
+        except StopError:
+            callbacks[0]._saver.close()
+        return saved
+
+    expected = run("expected")
+    backup = stepsave.BackupAndRestore(tmp_path / "backup", 3)
+    before = run("before", backup, Interrupt("middle", "exception", backup))
+    after = run("after", stepsave.BackupAndRestore(tmp_path / "backup", 3))
+    assert before + after == expected
+
+
+# What does not fit.
+
+
+def test_data_that_is_shorter_than_before_is_refused(tmp_path):
+    def batches(count):
+        x = np.zeros((2, 5), np.float32)
+        for _ in range(count):
+            yield x, np.zeros((2, 1), np.float32)
+
+    def fit(count, *callbacks):
+        make_model().fit(
+            batches(count), steps_per_epoch=8, verbose=0, callbacks=list(callbacks), shuffle=False
+        )
+
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        fit(8, backup, StopAtBatch(7))
+    backup._saver.close()
+    with pytest.raises(stepsave.BackupMismatchError, match="ends after 4 batches.*after 6"):
+        fit(4, stepsave.BackupAndRestore(tmp_path, 3))
+
+
+class StopAtBatch(keras.callbacks.Callback):
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.batch:
+            raise StopError
+
+
+def test_a_fit_that_is_not_that_of_keras_resumes_at_an_epoch_and_says_so(tmp_path):
+    class Own(keras.Model):
+        """Calls the hooks of callbacks as a loop of its own."""
+
+        def fit(self, callbacks):
+            callbacks = keras.callbacks.CallbackList(callbacks, model=self, epochs=2, steps=1)
+            callbacks.on_train_begin()
+            callbacks.on_train_end()
+
+    own = Own(*_inputs_and_outputs())
+    own.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match='resume="epoch"'):
+        own.fit([stepsave.BackupAndRestore(tmp_path)])
+
+
+def _inputs_and_outputs():
+    inputs = keras.Input((3,))
+    return inputs, keras.layers.Dense(1)(inputs)
+
+
+def test_other_callbacks_see_no_batch_that_is_passed_over(tmp_path):
+    begun = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_begin(self, batch, logs=None):
+            begun.append((self.epoch, batch))
+
+    interrupted(tmp_path, more=[Watch()])
+    once = [(epoch, batch) for epoch in range(EPOCHS) for batch in range(STEPS)]
+    # The batch that was begun when the training was interrupted is begun again.
+    assert begun == sorted([*once, (1, 5)])
+
+
+def test_a_longer_epoch_is_gone_on_with_and_a_shorter_one_is_over(tmp_path):
+    backup = stepsave.BackupAndRestore(tmp_path / "backup", 3)
+    data = {"x": Rows(), "shuffle": False, "verbose": 0}
+    model = make_model()
+    with pytest.raises(StopError):
+        model.fit(**data, callbacks=[backup, StopAtBatch(6)])
+    backup._saver.close()
+    steps = []
+    for length in (5, 6, 7):
+        shutil.copytree(tmp_path / "backup", tmp_path / str(length))
+
+        class Shorter(Rows):
+            def __len__(self, length=length):
+                return length
+
+        again = make_model()
+        callback = stepsave.BackupAndRestore(tmp_path / str(length), 3)
+        again.fit(**data | {"x": Shorter()}, callbacks=[callback])
+        steps.append(int(keras.ops.convert_to_numpy(again.optimizer.iterations)))
+    assert steps == [6, 6, 7]
+
+
+def test_no_warning_is_given_for_data_that_comes_again(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stepsave.UnreproducibleDataWarning)
+        train("arrays", stepsave.BackupAndRestore(tmp_path))
+
+
+assert SAMPLES == BATCH * STEPS - 2

@@ -1,0 +1,145 @@
+"""A resumed training is bit for bit the training that was not interrupted.
+
+Each kind of data, interrupted in three places in three ways; `docs/exact-resume.md` is made
+from what these tests note.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import exact_support
+import keras
+import numpy as np
+import pytest
+from exact_support import (
+    BACKEND,
+    EPOCHS,
+    SAMPLES,
+    SOURCES,
+    STEPS,
+    Interrupt,
+    StopError,
+    backup_for,
+    train,
+)
+from keras_support import child_environment
+
+import stepsave
+
+WHERE = ("middle", "epoch end", "validation")
+HOW = ("exception", "SIGKILL", "SIGTERM")
+
+pytestmark = [
+    # Keras's way to say that data of unknown length has ended.
+    pytest.mark.filterwarnings("ignore:Your input ran out of data"),
+    # torchdata looks at all attributes of torch.
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The training without interruption and, where the data allows, without stepsave."""
+    results = {}
+
+    def get(source, directory):
+        if source not in results:
+            # Without the callback Keras does not show all data once to a model that it builds.
+            needs = "threads" in source or "processes" in source
+            backup = backup_for(directory / "reference", "exception", save_freq=1000)
+            results[source] = train(source, backup if needs else None)
+        return results[source]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Notes what was exact, for the table."""
+    noted = {}
+    yield noted
+    path = os.environ.get("STEPSAVE_EXACT_JSON")
+    if path:
+        document = {"backend": BACKEND, "keras": keras.__version__, "cells": noted}
+        Path(path).write_text(json.dumps(document, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs a training in a process that is killed; returns its exit code and what it wrote."""
+    errors = tmp_path_factory.mktemp("killed") / "stderr.txt"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, exact_support.__file__],
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        ) as server,
+    ):
+
+        def run(*arguments):
+            before = len(errors.read_text())
+            server.stdin.write(json.dumps(arguments) + "\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            return code, errors.read_text()[before:]
+
+        try:
+            yield run
+            server.stdin.close()
+            server.wait(60)
+        except BaseException:
+            os.killpg(server.pid, signal.SIGKILL)
+            raise
+
+
+def interrupt(source, directory, where, how, killed):
+    """Runs a training until it is interrupted."""
+    if how == "exception":
+        backup = backup_for(directory, how, where)
+        with pytest.raises(StopError):
+            train(source, backup, Interrupt(where, how, backup))
+        backup._saver.close()
+        return
+    code, errors = killed(source, str(directory), where, how)
+    expected = -signal.SIGKILL if how == "SIGKILL" else stepsave.Preempted.EXIT_CODE
+    assert code == expected, errors[-4000:]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("how", HOW)
+def test_a_resumed_training_equals_the_uninterrupted_one(
+    source, where, how, uninterrupted, killed, cells, tmp_path
+):
+    expected = uninterrupted(source, tmp_path)
+    interrupt(source, tmp_path / "backup", where, how, killed)
+    found = train(source, backup_for(tmp_path / "backup", "exception", where))
+    differences = found.differences(expected)
+    cells.setdefault(source, {}).setdefault(where, {})[how] = not differences
+    assert not differences
+    # The epoch that was interrupted is gone on with, or the next one begun.
+    assert list(found.logs) == list(range(2 if (where, how) in AT_EPOCH_END else 1, EPOCHS))
+    np.testing.assert_array_equal(found.seen, expected.seen)
+
+
+AT_EPOCH_END = [("epoch end", how) for how in HOW]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_epoch_sees_each_sample_once(source, uninterrupted, tmp_path):
+    if "repeated" in source:
+        pytest.skip("shuffled over the border of epochs, on purpose")
+    # The length of tf.data with a filter is found by a step that fails, on TensorFlow: it is
+    # counted by what does not depend on data. Samples are not.
+    seen = uninterrupted(source, tmp_path).seen
+    per_epoch = seen[seen.sum(axis=1) > 0].reshape(EPOCHS, STEPS, SAMPLES).sum(axis=1)
+    assert (per_epoch == 1).all()
