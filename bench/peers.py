@@ -37,10 +37,9 @@ class CopyOnly(stepsave.BackupAndRestore):
     saves = 0
 
     def _save(self, epoch: int, batch: int) -> None:
-        self._save_is_due = False
-        variables = self._collect(self._saver, self._trained_model())
-        capture = self._saver._capture
-        snapshot = capture.begin(variables.paths, variables.values(), block=True)
+        self._progress.save_is_due = False
+        paths, leaves = self._state.leaves(self._saver, (), None)
+        snapshot = self._saver._capture.begin(paths, leaves, block=True)
         snapshot.complete()
         self.saves += 1
         self._pass_on(snapshot)
@@ -92,7 +91,7 @@ class CopyAndWrite(CopyOnly):
 
 
 class SavingCallback(keras.callbacks.Callback):
-    """Saves after every so many batches, where stepsave does it on JAX: as the next begins."""
+    """Saves after every so many batches, as the next begins; stepsave does it right before that."""
 
     def __init__(self, directory: Path, every: int) -> None:
         super().__init__()

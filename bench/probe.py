@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 HOOKS = ("on_train_batch_begin", "on_train_batch_end")
+CUT = "at_cut"  # of stepsave: told of batches that are done between these two hooks
 
 
 def device_sync(model: Any) -> None:
@@ -45,7 +46,8 @@ class Probe(keras.callbacks.Callback):
     """Notes when each batch begins.
 
     It has no hook at the end of a batch: one would switch asynchronous dispatch off. First
-    in the list of callbacks, so that the work of all others is inside the window.
+    in the list of callbacks, so that the work of all others is inside the window. What
+    stepsave does between two batches belongs to the step before.
     """
 
     def __init__(self, *, sync_each_step: bool = False) -> None:
@@ -93,9 +95,14 @@ class Hooks:
 
     Only hooks that a callback defines are wrapped; a wrapped default would switch
     asynchronous dispatch off.
+
+    Args:
+        callbacks: The callbacks under test.
+        before_cut: Called before a callback is told of a cut, outside the time that is taken:
+            to wait for the step, which the probe does only after that.
     """
 
-    def __init__(self, callbacks: list[Any]) -> None:
+    def __init__(self, callbacks: list[Any], before_cut: Callable[[], None] | None = None) -> None:
         self._thread = threading.get_ident()
         self.begin_s: collections.Counter[int] = collections.Counter()
         self.end_s: collections.Counter[int] = collections.Counter()
@@ -105,6 +112,8 @@ class Hooks:
                 hook = getattr(callback, name)
                 if not getattr(hook, "_is_default", False):
                     setattr(callback, name, self._timed(hook, name.endswith("begin")))
+            if hasattr(callback, CUT):
+                setattr(callback, CUT, self._timed_cut(getattr(callback, CUT), before_cut))
 
     def _timed(self, hook: Callable[..., None], is_begin: bool) -> Callable[..., None]:
         times = self.begin_s if is_begin else self.end_s
@@ -114,6 +123,18 @@ class Hooks:
             hook(batch, logs)
             if threading.get_ident() == self._thread:
                 times[batch] += time.perf_counter() - begin_s
+
+        return timed
+
+    def _timed_cut(
+        self, hook: Callable[[int], None], before: Callable[[], None] | None
+    ) -> Callable[[int], None]:
+        def timed(batches_done: int) -> None:
+            if before is not None:
+                before()
+            begin_s = time.perf_counter()
+            hook(batches_done)
+            self.end_s[batches_done - 1] += time.perf_counter() - begin_s
 
         return timed
 
@@ -139,7 +160,8 @@ def timed_fit(
 ) -> FitTimes:
     """Runs one fit with callbacks under test and times it."""
     probe, end = Probe(sync_each_step=sync_each_step), End()
-    hooks = Hooks(callbacks)
+    sync = (lambda: device_sync(workload.model)) if sync_each_step else None
+    hooks = Hooks(callbacks, sync)
     cpu_before_s, begin_s = cpu_s(), time.perf_counter()
     workload.fit([probe, *callbacks, end], steps)
     done_s, cpu_done_s = time.perf_counter(), cpu_s()

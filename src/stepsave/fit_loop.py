@@ -256,7 +256,8 @@ class FitLoop:
                 sample = self._pass_over(stream)
                 if self._between_epochs is not None:
                     rng.restore(self._between_epochs)  # the way here may have drawn from them
-                data.count_as_seen(max(0, self._stream.batches - done * each))
+                if data.streams_last:
+                    data.count_as_seen(max(0, self._stream.batches - done * each))
                 self._resume = None
             if at < done - 1:
                 continue
@@ -266,6 +267,10 @@ class FitLoop:
                 resume.at_cut(sample)
                 if data.steps is not None and resume.batch >= data.steps:
                     yield from self._pretend(begin, end)
+                    return
+                if resume.ended:
+                    yield from self._pretend(begin, end)
+                    yield from self._end_epoch(executions)
                     return
                 continue
             if done == 0:
@@ -326,12 +331,16 @@ class FitLoop:
             ended = ended_of()
         if ended:
             data.count_as_seen(-data.steps_per_execution)
-            with keras_internals.silent(self.callbacks), stand_ins.no_batch(self._model()):
-                for begin, end, _ in executions:
-                    yield begin, end, iter(())  # `fit` finds its end
+            yield from self._end_epoch(executions)
         else:
             self._stream.batches += end + 1 - begin
             self._tell_of_cut(end + 1)
+
+    def _end_epoch(self, executions: Iterator[Any]) -> Iterator[tuple[int, int, Any]]:
+        """Has `fit` find the end of data whose length it does not know."""
+        with keras_internals.silent(self.callbacks), stand_ins.no_batch(self._model()):
+            for begin, end, _ in executions:
+                yield begin, end, iter(())
 
     def _pretend(self, begin: int, end: int) -> Iterator[tuple[int, int, Any]]:
         """Has `fit` go through a batch that was trained before the interruption.

@@ -132,6 +132,7 @@ class FitState:
             "data": loop.source.name,
             "callbacks": callback_states.capture(siblings, arrays),
             "stop_training": bool(model.stop_training),
+            "ended": before is not None,
             "history": self._history(),
         }
         return document, arrays
@@ -202,7 +203,7 @@ class RestoredFit:
     @property
     def stopped(self) -> bool:
         """Whether a callback had ended the training."""
-        return bool(self.document and self.document.get("stop_training"))
+        return self.between_epochs and self._flag("stop_training")
 
     @property
     def between_epochs(self) -> bool:
@@ -211,6 +212,7 @@ class RestoredFit:
     def resume(self, model: Any, siblings: Callable[[], Sequence[Any]]) -> Resume:
         """Returns how the loop is to begin, so that all is as at the cut of the backup."""
         stream = (self.document or {}).get("stream")
+        ended = self._flag("ended")
 
         def at_cut(batch: Any) -> None:
             if self.between_epochs:
@@ -218,11 +220,15 @@ class RestoredFit:
             if batch is not None and keras.backend.backend() == "tensorflow":
                 keras_internals.build_metrics(model, batch)
             self.variables.assign_again()
+            if ended:
+                model.stop_training = self._flag("stop_training")
             self.put_back(siblings())
 
-        return Resume(
-            self.position.batch, None if stream is None else Stream.from_json(stream), at_cut
-        )
+        stream = None if stream is None else Stream.from_json(stream)
+        return Resume(self.position.batch, stream, ended, at_cut)
+
+    def _flag(self, name: str) -> bool:
+        return bool(self.document and self.document.get(name))
 
     def put_back(self, siblings: Sequence[Any]) -> None:
         """Restores the callbacks' states and the random generators."""

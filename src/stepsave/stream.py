@@ -58,10 +58,12 @@ class Resume:
     Attributes:
         batch: Batches of the epoch that were trained before.
         stream: How the data was read up to there; None if that is not known.
+        ended: Whether no batch of the epoch was left: its validation was going on.
         at_cut: Called at the cut, when the data is there; on TensorFlow with the specification
             of a batch.
     """
 
     batch: int
     stream: Stream | None
+    ended: bool
     at_cut: Callable[[Any], None]

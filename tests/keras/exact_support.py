@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,6 +19,14 @@ import numpy as np
 import stepsave
 
 BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    # Some hundred trainings compile the same steps; this takes most of their time.
+    import jax
+
+    cache = Path(__file__).parents[2] / ".pytest_cache" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 SAMPLES = 26
 BATCH = 4
 STEPS = 7  # the last batch has two samples
@@ -43,7 +52,7 @@ def samples():
 class Journal(keras.layers.Layer):
     """Notes for each step which samples it saw, in a variable: it is saved and restored too."""
 
-    def __init__(self, steps=EPOCHS * STEPS + 1, count=SAMPLES, **kwargs):
+    def __init__(self, steps=EPOCHS * (STEPS + 1), count=SAMPLES, **kwargs):
         super().__init__(**kwargs)
         self.steps, self.count = steps, count
 
@@ -120,10 +129,11 @@ class Counts(keras.callbacks.Callback):
 class Interrupt(keras.callbacks.Callback):
     """Ends a training in one of three places, in one of three ways."""
 
-    def __init__(self, where, how, backup, batch=5):
+    def __init__(self, where, how, backup, batch=5, interrupted_epoch=1):
         super().__init__()
         self.where, self.how, self.backup, self.batch = where, how, backup, batch
         self.times = 1
+        self.interrupted_epoch = interrupted_epoch
 
     def fire(self):
         if not self.times:
@@ -147,7 +157,8 @@ class Interrupt(keras.callbacks.Callback):
             self.fire()
 
     def on_test_batch_begin(self, batch, logs=None):
-        if self.where == "validation" and self.epoch == 1 and batch == 1:
+        late = batch >= 1 or self._model.steps_per_execution > 1
+        if self.where == "validation" and self.epoch == self.interrupted_epoch and late:
             self.fire()
 
     def on_epoch_end(self, epoch, logs=None):

@@ -210,6 +210,24 @@ def test_swapped_averages_are_resumed_exactly(swap_on_epoch, where, how, tmp_pat
     assert not run(stepsave.BackupAndRestore(tmp_path)).differences(run())
 
 
+@pytest.mark.parametrize("how", ["exception", "SIGTERM"])
+def test_an_epoch_that_a_callback_cut_short_is_not_trained_on(how, tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                self.model.stop_training = True
+
+    def run(backup=None, interrupt=None):
+        return train("arrays", backup, interrupt, more=[Stop()])
+
+    save_freq = 2 if how == "exception" else False
+    backup = stepsave.BackupAndRestore(tmp_path, save_freq, save_before_preemption=True)
+    with pytest.raises(StopError if how == "exception" else stepsave.Preempted):
+        run(backup, Interrupt("validation", how, backup, interrupted_epoch=0))
+    backup._saver.close()
+    assert not run(stepsave.BackupAndRestore(tmp_path)).differences(run())
+
+
 # Callbacks that save models.
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from stepsave.demo.facts import EPOCHS, Comparison, InFlight, Outcome
 
-__all__ = ("accuracy", "cost", "interruption")
+__all__ = ("cost", "interruption", "result")
+
+_SHOWN_DIGITS = 16
 
 
 def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str:
@@ -14,10 +16,10 @@ def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str
     in_flight = f"step {killed.step}"
     if committed_step >= killed.step:
         in_flight += ", but it ended just before the kill"
-    repeated = resumed.last_step - killed.steps_per_epoch * EPOCHS
-    resumed_at = f"step {resumed.first_step}, epoch {resumed.first_epoch + 1}"
-    if repeated > 0:
-        resumed_at += f" from its first batch ({repeated} batches trained again)"
+    resumed_at = (
+        f"step {resumed.first_step}, epoch {resumed.first_epoch + 1} of {EPOCHS}, "
+        f"with batch {resumed.first_batch + 1} of {killed.steps_per_epoch}"
+    )
     killed_at = (
         f"step {killed.step}, epoch {killed.epoch + 1} of {EPOCHS}, "
         f"batch {killed.batches} of {killed.steps_per_epoch}"
@@ -33,13 +35,16 @@ def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str
     )
 
 
-def accuracy(uninterrupted: Outcome, resumed: Outcome) -> str:
+def result(uninterrupted: Outcome, resumed: Outcome) -> str:
     """Compares what both trainings reached."""
+    runs = (uninterrupted, resumed)
     return _format(
-        "Final test accuracy",
+        "Model at the end",
         [
-            ("uninterrupted run", f"{uninterrupted.accuracy:.4f}"),
-            ("killed and resumed run", f"{resumed.accuracy:.4f}"),
+            ("", "uninterrupted", "killed and resumed"),
+            ("optimizer steps", *(f"{run.last_step}" for run in runs)),
+            ("test accuracy", *(f"{run.accuracy:.4f}" for run in runs)),
+            ("SHA-256 of its bits", *(f"{run.digest[:_SHOWN_DIGITS]}" for run in runs)),
         ],
     )
 
@@ -66,5 +71,5 @@ def _milliseconds(seconds: float) -> str:
 def _format(title: str, rows: Sequence[Sequence[str]]) -> str:
     lines = [title]
     for name, *cells in rows:
-        lines.append("".join([f"  {name:<24}", *(f"{cell:<12}" for cell in cells)]).rstrip())
+        lines.append("".join([f"  {name:<24}", *(f"{cell:<18}" for cell in cells)]).rstrip())
     return "\n".join([*lines, ""])
