@@ -5,16 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BACKENDS := jax tensorflow torch
+OLDEST_KERAS := keras==3.14.0
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-engine test-keras test-docs lint format bench clean
+.PHONY: demo test test-engine test-keras test-oldest-keras test-docs exact-table lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
 
 # The engine's tests run once and, where the machine lets them, in parallel; those of the
 # callback run once per backend, each in a process of its own.
-test: test-engine test-keras test-docs
+test: test-engine test-keras test-oldest-keras test-docs
 
 test-engine: $(VENV)/.test
 	$(PYTEST) tests/engine -n 2 --dist loadfile
@@ -22,7 +23,17 @@ test-engine: $(VENV)/.test
 test-keras: $(VENV)/.test
 	@set -e; for backend in $(BACKENDS); do \
 	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras --ignore-glob="*/test_exact_*"; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras/test_exact_*.py -n 2; \
+	done
+
+# Exact resume depends on how Keras works inside, so also with the oldest Keras that is admitted.
+test-oldest-keras: $(VENV)/.oldest-keras
+	@set -e; for backend in $(BACKENDS); do \
+	  echo "== KERAS_BACKEND=$$backend with $(OLDEST_KERAS)"; \
+	  PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras KERAS_BACKEND=$$backend $(PYTEST) -n 2 \
+	    tests/keras/test_exact_resume.py tests/keras/test_keras_internals.py \
+	    tests/keras/test_preemption.py -k "not SIGKILL"; \
 	done
 
 test-docs: $(VENV)/.test
@@ -38,6 +49,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Runs the matrix of exact resume and makes docs/exact-resume.md from what passed.
+exact-table: $(VENV)/.test
+	$(BIN)/python -m bench.exact
+
 # Measures on this machine, keeps the raw JSON, and makes the published tables from it.
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
@@ -52,6 +67,11 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e . --group backends --group test
+	@touch $@
+
+$(VENV)/.oldest-keras: pyproject.toml $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest-keras \
+	  "$(OLDEST_KERAS)"
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.test

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import common, machine
-from bench.resume_data import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES
+from bench.resume_data import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES, Images
 from bench.stats import spread
 from bench.subjects import ALL_BACKENDS
 
 NEAR = 2  # batches before the near resume
 FAR, NEAR_RESUME, READ = "far", "near", "read_s"
-QUICK = {"batch": 200, "repeats": 2}
+QUICK = {"batch": 200, "repeats": 1}
 
 Sample = dict[str, Any]
 
@@ -35,33 +35,35 @@ Sample = dict[str, Any]
 class Rounds:
     """Times all sources in each round, all that is compared for one source close together."""
 
-    def __init__(self, trainings: Any, sources: Sequence[str], batch: int) -> None:
+    def __init__(self, trainings: dict[str, Any], batch: int) -> None:
         self.samples: list[Sample] = []
         self.failed: dict[str, str] = {}
         self._trainings = trainings
-        self._sources = sources
         self._batch = batch
 
     def run(self, repeats: int) -> None:
         """Round 0 warms up; it is in the samples, not in the summary."""
-        for source in self._sources:
+        sources = list(self._trainings)
+        for source in sources:
             self._guarded(source, lambda s=source: self._interrupt(s))
             print(f"{source} interrupted", file=sys.stderr)
         for number in range(repeats + 1):
-            for source in random.Random(number).sample(self._sources, len(self._sources)):
+            for source in random.Random(number).sample(sources, len(sources)):
                 if source not in self.failed:
                     self._guarded(source, lambda s=source, n=number: self._measure(s, n))
             print(f"round {number} of {repeats} done", file=sys.stderr)
 
     def _interrupt(self, source: str) -> None:
+        self._trainings[source].build()
         for batch in (NEAR, self._batch):
-            self._trainings.interrupt(source, batch)
+            self._trainings[source].interrupt(batch)
 
     def _measure(self, source: str, number: int) -> None:
+        training = self._trainings[source]
         fits: dict[str, Callable[[], Any]] = {
-            NEAR_RESUME: lambda: self._trainings.resume(source, NEAR),
-            FAR: lambda: self._trainings.resume(source, self._batch),
-            READ: lambda: self._trainings.read_s(source, NEAR, self._batch),
+            NEAR_RESUME: lambda: training.resume(NEAR),
+            FAR: lambda: training.resume(self._batch),
+            READ: lambda: training.read_s(NEAR, self._batch),
         }
         order = random.Random(f"{source} {number}").sample(list(fits), len(fits))
         taken = {key: fits[key]() for key in order}
@@ -125,12 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["KERAS_BACKEND"] = options.backend  # before Keras is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    from bench.resume_fit import Trainings
+    from bench.resume_fit import Training
 
     batches = options.batch * 6 // 5  # so that what is read ahead does not end near the place
     with tempfile.TemporaryDirectory(dir=options.directory) as where:
         facts = machine.describe(Path(where))
-        rounds = Rounds(Trainings(Path(where), batches), options.sources, options.batch)
+        images = Images(batches)
+        trainings = {
+            source: Training(source, images, Path(where) / str(number))
+            for number, source in enumerate(options.sources)
+        }
+        rounds = Rounds(trainings, options.batch)
         rounds.run(options.repeats)
     result = {
         "benchmark": "resume",

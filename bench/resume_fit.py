@@ -21,7 +21,7 @@ from stepsave.keras_internals import EpochData, find_fit
 
 NEVER = 1_000_000_000
 IDLE_SHARE = 0.2  # of one core, over `IDLE_S`
-IDLE_S = 0.1
+IDLE_S = 0.05
 SETTLE_S = 10.0
 
 
@@ -96,70 +96,74 @@ class Read(keras.callbacks.Callback):
         raise ReadError
 
 
-class Trainings:
-    """Fits of one tiny model on all sources, which are made anew for each."""
+class Training:
+    """Fits of a tiny model on one source, which is made anew for each, as the callbacks are."""
 
-    def __init__(self, where: Path, batches: int) -> None:
+    def __init__(self, source: str, images: Images, where: Path) -> None:
+        self._source = source
+        self._images = images
         self._where = where
-        self._images = Images(batches)
         self._seen = Seen()
-        self._expected: dict[tuple[str, int], np.ndarray] = {}
+        self._expected: dict[int, np.ndarray] = {}
         inputs = keras.Input((VALUES,))
         outputs = keras.layers.Dense(1)(keras.layers.Rescaling(1 / 255)(inputs))
         self._model = keras.Model(inputs, outputs)
         self._model.compile(keras.optimizers.SGD(1e-6), "mse", metrics=[self._seen])
 
-    def interrupt(self, source: str, batch: int) -> None:
+    def build(self) -> None:
+        """Trains one batch: to build a model Keras reads data, which moves some sources on.
+
+        New processes all do that; here only the first fit would.
+        """
+        self._fit(Watch(0))
+
+    def interrupt(self, batch: int) -> None:
         """Trains so many batches, which leaves a backup, and one more."""
-        backup = stepsave.BackupAndRestore(
-            self._directory(source, batch), save_freq=batch, delete_checkpoint=False
-        )
+        backup = self._backup(batch, save_freq=batch)
         watch = Watch(batch)
-        self._fit(source, watch, backup)
+        self._fit(watch, backup)
         stats = backup.stats()
         assert stats is not None
         assert watch.first == 0, "there was a backup already"
         assert (stats.started, stats.failed) == (1, 0), stats
-        self._expected[source, batch] = self._targets()
+        self._expected[batch] = self._targets()
 
-    def resume(self, source: str, batch: int) -> dict[str, float]:
+    def resume(self, batch: int) -> dict[str, float]:
         """Resumes, trains one batch, and compares it with the one that came then.
 
         Returns:
             Seconds from the first hook of `fit` until that batch begins, and until it is
             trained. Some sources do no more than note the place before the batch begins.
         """
-        backup = stepsave.BackupAndRestore(
-            self._directory(source, batch), save_freq=NEVER, delete_checkpoint=False
-        )
         watch = Watch(batch)
-        self._fit(source, watch, backup)
+        self._fit(watch, self._backup(batch, save_freq=NEVER))
         assert watch.first == batch, f"went on at batch {watch.first}, not {batch}"
-        same = np.array_equal(self._targets(), self._expected[source, batch])
+        same = np.array_equal(self._targets(), self._expected[batch])
         assert same, "the first batch after the resume is not the one that was due"
         return {"to_begin_s": watch.to_begin_s, "to_trained_s": watch.to_trained_s}
 
-    def read_s(self, source: str, begin: int, end: int) -> float:
+    def read_s(self, begin: int, end: int) -> float:
         """Seconds to read the batches between, without training."""
         read = Read(begin, end)
         try:
-            self._fit(source, read)
+            self._fit(read)
         except ReadError as e:
             e.__traceback__ = None  # it holds the data
         return read.read_s
 
-    def _directory(self, source: str, batch: int) -> Path:
-        return self._where / f"{list(SOURCES).index(source)}-{batch}"
+    def _backup(self, batch: int, save_freq: int) -> stepsave.BackupAndRestore:
+        directory = self._where / str(batch)
+        return stepsave.BackupAndRestore(directory, save_freq, delete_checkpoint=False)
 
-    def _fit(self, source: str, *callbacks: Any) -> None:
+    def _fit(self, *callbacks: Any) -> None:
         """As a new process would: seeds, makes the data, and trains."""
         keras.utils.set_random_seed(SEED)
-        if "torch" in source or "Stateful" in source:
+        if "torch" in self._source or "Stateful" in self._source:
             import torch
 
             torch.manual_seed(SEED)  # Keras does so on its own backend only
         settle()
-        data = SOURCES[source](self._images)
+        data = SOURCES[self._source](self._images)
         data.setdefault("shuffle", False)
         self._model.fit(**data, epochs=1, verbose=0, callbacks=list(callbacks))
         for callback in callbacks:

@@ -136,7 +136,6 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._fit_thread = threading.get_ident()
-        self._fit: RunningFit | None = None
         self._loop: FitLoop | None = None
         self._state: FitState | None = None
         self._restored: RestoredFit | None = None
@@ -157,9 +156,9 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._reset()
         model = self._trained_model()
         saver = self._open()
-        self._fit = keras_internals.find_fit(model)
+        fit = keras_internals.find_fit(model)
         if self.resume == "batch":
-            self._follow(model)
+            self._follow(fit, model)
         self._state = FitState(model, self._loop, with_history=self.history == "all")
         backup = saver.restore()
         if backup is not None:
@@ -169,7 +168,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         if model.built:
             self._state.prepare(saver)
         if self.save_before_preemption:
-            self._expect_signals(model)
+            self._expect_signals(fit, model)
 
     def after_train_begin(self) -> None:
         """Called when all callbacks have begun, and perhaps reset themselves."""
@@ -327,23 +326,23 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         saver.wait()
         signals.end(self._saved_step, self.grace_period_s)
 
-    def _expect_signals(self, model: Any) -> None:
+    def _expect_signals(self, fit: RunningFit | None, model: Any) -> None:
         if self._signals is not None:
             self._signals.remove()  # of a fit that raised
-        signals = PreemptionSignals(self.preemption_signals, is_in_fit(self._fit, model))
+        signals = PreemptionSignals(self.preemption_signals, is_in_fit(fit, model))
         self._signals = signals if signals.install() else None
         weakref.finalize(self, signals.remove).atexit = False
 
-    def _follow(self, model: Any) -> None:
+    def _follow(self, fit: RunningFit | None, model: Any) -> None:
         """Takes part in the loop of `fit`."""
-        if self._fit is None:
+        if fit is None:
             warnings.warn(
                 "This `fit` is not Keras's, or Keras has changed: training can only be resumed "
                 'at the head of an epoch. `resume="epoch"` says that this is meant.',
                 stacklevel=2,
             )
             return
-        self._loop = FitLoop(self._fit, model, self)
+        self._loop = FitLoop(fit, model, self)
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)

@@ -100,7 +100,7 @@ class FitLoop:
         self._between_epochs: RngState | None = None
         self._to_read = 0
         data = self._data()
-        self._source = source_for(data)
+        data.companion = source_for(data)  # it holds the data
         data.watch(self._enumerate, self._get_iterator)
         # Called after all others in each hook, in this one too.
         callbacks = fit.callbacks.callbacks
@@ -109,7 +109,8 @@ class FitLoop:
 
     @property
     def source(self) -> Source:
-        return self._source
+        """What positions the data."""
+        return self._data().companion
 
     @property
     def callbacks(self) -> Any:
@@ -131,13 +132,13 @@ class FitLoop:
         """The stream as it is at this cut; between epochs the one that comes next."""
         if between_epochs and not self._data().streams_last:
             self._end_stream()
-            return Stream(self._created, self._used, start=self._source.state())
+            return Stream(self._created, self._used, start=self.source.state())
         stream, data = self._stream, self._data()
         at_end = stream.batches == data.steps and not data.streams_last
         return dataclasses.replace(
             stream,
-            end=self._source.state() if at_end else None,
-            place=self._source.place(stream.batches),
+            end=self.source.state() if at_end else None,
+            place=self.source.place(stream.batches),
         )
 
     def resume(self, resume: Resume) -> None:
@@ -145,15 +146,15 @@ class FitLoop:
         self._resume = resume
         if resume.stream is not None:
             self._created, self._used = resume.stream.created, resume.stream.used
-            self._source.compare(resume.stream.start)
+            self.source.compare(resume.stream.start)
 
     def warn_of_doubts(self) -> None:
         """Warns if a resumed run may see other data, and says why."""
-        doubt = self._source.doubt()
+        doubt = self.source.doubt()
         if doubt is not None:
             warnings.warn(
                 f"After an interruption the data may come in another order: {doubt}. Training "
-                f"goes on at the right batch all the same. (x is a {self._source.name}.)",
+                f"goes on at the right batch all the same. (x is a {self.source.name}.)",
                 UnreproducibleDataWarning,
                 stacklevel=2,
             )
@@ -175,7 +176,7 @@ class FitLoop:
 
     def _end_stream(self) -> None:
         if self._stream.batches:
-            self._source.count(self._stream.batches)
+            self.source.count(self._stream.batches)
         self._stream = Stream()
 
     def _get_iterator(self) -> Any:
@@ -186,20 +187,20 @@ class FitLoop:
         self._end_stream()
         if resume is None:
             self._stream = Stream(
-                self._created, self._used, start=self._source.state(), before=before
+                self._created, self._used, start=self.source.state(), before=before
             )
             self._created += 1
-            return self._source.open()
+            return self.source.open()
         stream = resume.stream or Stream(batches=resume.batch)
         self._stream = dataclasses.replace(stream, before=stream.before or before, place=None)
         self._created += 1
-        self._source.set_state(stream.start)
+        self.source.set_state(stream.start)
         if self._nothing_is_left(resume):
-            self._source.repeat_streams(stream.created, stream.used + 1)
+            self.source.repeat_streams(stream.created, stream.used + 1)
             self._to_read = 0
-            return self._source.open()
-        self._source.repeat_streams(stream.created, stream.used)
-        iterable, self._to_read = self._source.open_at(stream.batches, stream.place)
+            return self.source.open()
+        self.source.repeat_streams(stream.created, stream.used)
+        iterable, self._to_read = self.source.open_at(stream.batches, stream.place)
         return iterable
 
     def _nothing_is_left(self, resume: Resume) -> bool:
@@ -209,7 +210,7 @@ class FitLoop:
 
     def _enumerate(self) -> Generator[tuple[int, int, Any], None, None]:
         """An epoch: first and last step of each execution, and the stream to read from."""
-        data = self._data()
+        data, source = self._data(), self.source
         resume = self._resume
         if resume is not None:
             # A stream that is older than this epoch is made again now, with what it drew then.
@@ -224,7 +225,7 @@ class FitLoop:
                 for begin, end, iterator in executions:
                     yield from self._execute(begin, end, iterator)
             finally:
-                self._source.close_epoch()
+                source.close_epoch()
 
     def _execute(self, begin: int, end: int, iterator: Any) -> Iterator[tuple[int, int, Any]]:
         stream = self._stream
@@ -239,10 +240,10 @@ class FitLoop:
         stream = resume.stream or Stream(batches=resume.batch)
         if stream.before is not None:
             rng.restore(RngState.from_json(stream.before))
-        self._source.set_state(stream.start)
-        self._source.prepare(stream.batches)
+        self.source.set_state(stream.start)
+        self.source.prepare(stream.batches)
 
-    def _resumed(
+    def _resumed(  # noqa: C901  the cases of a resume, in the order of the loop
         self, data: EpochData, executions: Iterator[Any], resume: Resume
     ) -> Iterator[tuple[int, int, Any]]:
         """The executions of a resumed epoch, up to and with the first that is trained."""
@@ -262,25 +263,27 @@ class FitLoop:
             if at < done - 1:
                 continue
             if at == done - 1:
-                if self._nothing_is_left(resume) and self._stream.end is not None:
-                    self._source.set_state(self._stream.end)
-                resume.at_cut(sample)
-                if data.steps is not None and resume.batch >= data.steps:
+                self._restore_at_cut(resume, sample)
+                at_end = data.steps is not None and resume.batch >= data.steps
+                if at_end or resume.ended:
                     yield from self._pretend(begin, end)
-                    return
-                if resume.ended:
-                    yield from self._pretend(begin, end)
-                    yield from self._end_epoch(executions)
+                    if not at_end:
+                        yield from self._end_epoch(executions)
                     return
                 continue
             if done == 0:
-                resume.at_cut(sample)
-                yield from self._execute(begin, end, stream)
-            elif data.steps is None:
-                yield from self._execute_or_end(data, begin, end, stream, executions)
+                self._restore_at_cut(resume, sample)
+            first = (begin, end, stream)
+            if done == 0 or data.steps is not None:
+                yield from self._execute(*first)
             else:
-                yield from self._execute(begin, end, stream)
+                yield from self._execute_or_end(data, *first, executions)
             return
+
+    def _restore_at_cut(self, resume: Resume, sample: Any) -> None:
+        if self._nothing_is_left(resume) and self._stream.end is not None:
+            self.source.set_state(self._stream.end)
+        resume.at_cut(sample)
 
     def _pass_over(self, iterator: Any) -> Any:
         """Reads what was trained before; returns the specification of a batch on TensorFlow."""

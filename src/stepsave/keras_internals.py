@@ -16,32 +16,7 @@ from typing import Any
 
 import keras
 
-__all__ = (
-    "EpochData",
-    "RunningFit",
-    "array_is_shuffled",
-    "build_metrics",
-    "callback_attributes",
-    "drop_leftovers",
-    "find_fit",
-    "first_batches",
-    "flatten_layers",
-    "flush",
-    "generator_names",
-    "global_seed",
-    "is_in_fit",
-    "jax_state",
-    "py_dataset_has_workers",
-    "set_global_seed",
-    "set_initial_epoch",
-    "silent",
-    "skip_slices",
-    "source_of",
-    "swap_source",
-    "take_shuffle",
-    "to_numpy",
-    "wrap_py_dataset",
-)
+__all__ = ("EpochData", "RunningFit", "find_fit", "is_in_fit")  # and the functions below
 
 _GLOBAL_SEED = "global_seed_generator"  # keras/src/random/seed_generator.py
 
@@ -238,6 +213,15 @@ class EpochData:
         """Has the epoch iterator call these instead of its own methods."""
         self._iterator._enumerate_iterator = enumerate_epoch
         self._iterator._get_iterator = get_iterator
+
+    @property
+    def companion(self) -> Any:
+        """Something that lives as long as the epoch iterator, and no longer."""
+        return self._iterator.stepsave_companion
+
+    @companion.setter
+    def companion(self, value: Any) -> None:
+        self._iterator.stepsave_companion = value
 
     def unwatch(self) -> None:
         for name in ("_enumerate_iterator", "_get_iterator"):

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002, NPY002, T201  callbacks have Keras's signatures; the global generator is meant
 """A training with everything that must be put back, to be interrupted and compared.
 
 Run as a program it makes processes that are killed: see `serve`.
@@ -288,9 +289,9 @@ def arrays(shuffle):
 
 
 SOURCES = {
-    "arrays": lambda: arrays(True),
-    "arrays in order": lambda: arrays(False),
-    "arrays, batches shuffled": lambda: arrays("batch"),
+    "arrays": lambda: arrays(shuffle=True),
+    "arrays in order": lambda: arrays(shuffle=False),
+    "arrays, batches shuffled": lambda: arrays(shuffle="batch"),
     "PyDataset": lambda: {"x": Rows(), "shuffle": True},
     "PyDataset with threads": lambda: {"x": Rows(workers=2), "shuffle": True},
     "PyDataset that shuffles itself": lambda: {"x": ShuffledRows(), "shuffle": False},
@@ -341,8 +342,8 @@ class Result:
         """Names of all that differs, in full."""
         found = [name for name in self.bits if self.bits[name] != other.bits.get(name)]
         for name in ("callbacks", "drawn"):
-            if getattr(self, name) != getattr(other, name):
-                found.append(f"{name}: {getattr(self, name)} {getattr(other, name)}")
+            mine, theirs = getattr(self, name), getattr(other, name)
+            found += [f"{name}: {mine} {theirs}"] if mine != theirs else []
         for epoch, logs in self.logs.items():
             if logs != other.logs[epoch]:
                 found.append(f"logs of epoch {epoch}: {logs} {other.logs[epoch]}")
@@ -426,7 +427,7 @@ def serve():
                 print("the training ended, but was to be interrupted", file=sys.stderr)
             except SystemExit as e:
                 status = e.code
-            except BaseException:
+            except BaseException:  # noqa: BLE001  what ends a process is printed
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()

@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 from keras_support import (
-    STEPS,
     BACKEND,
     BACKENDS,
+    STEPS,
     X_INT,
     Child,
     Interrupt,

@@ -125,8 +125,10 @@ def test_an_interruption_before_the_first_save_is_no_resume(tmp_path):
 
 @pytest.mark.parametrize("save_freq", ["epoch", STEPS])
 def test_a_completed_training_that_is_run_again_ends_the_same(save_freq, tmp_path):
-    expected = train("arrays", stepsave.BackupAndRestore(tmp_path, save_freq, False))
-    found = train("arrays", stepsave.BackupAndRestore(tmp_path, save_freq, False))
+    expected = train(
+        "arrays", stepsave.BackupAndRestore(tmp_path, save_freq, delete_checkpoint=False)
+    )
+    found = train("arrays", stepsave.BackupAndRestore(tmp_path, save_freq, delete_checkpoint=False))
     assert found.bits == expected.bits
     assert found.callbacks == expected.callbacks
 
@@ -273,7 +275,7 @@ def test_data_that_is_shorter_than_before_is_refused(tmp_path):
     with pytest.raises(StopError):
         fit(8, backup, StopAtBatch(7))
     backup._saver.close()
-    with pytest.raises(stepsave.BackupMismatchError, match="ends after 4 batches.*after 6"):
+    with pytest.raises(stepsave.BackupMismatchError, match=r"ends after 4 batches.*after 6"):
         fit(4, stepsave.BackupAndRestore(tmp_path, 3))
 
 

@@ -1,0 +1,226 @@
+"""Signals that end a training: it is saved first, wherever it is."""
+# ruff: noqa: ARG001, ARG002  callbacks have Keras's signatures
+
+import os
+import re
+import signal
+import threading
+
+import keras
+import pytest
+from keras_support import (
+    STEPS,
+    Child,
+    InterruptionError,
+    X,
+    Y,
+    fit,
+    leave,
+    restored,
+    step_model,
+    step_numbers,
+)
+
+import stepsave
+from stepsave import BackupAndRestore, Preempted
+
+
+def preemptible(backup_dir, **kwargs):
+    return BackupAndRestore(backup_dir, save_freq=False, save_before_preemption=True, **kwargs)
+
+
+class Kill(keras.callbacks.Callback):
+    """Sends a signal to the process that trains, at a batch of training or of validation."""
+
+    def __init__(self, batch=None, test_batch=None, signum=signal.SIGTERM, times=1):
+        super().__init__()
+        self.batch, self.test_batch, self.signum, self.times = batch, test_batch, signum, times
+
+    def kill(self):
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.signum)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.batch:
+            self.kill()
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if batch == self.test_batch:
+            self.kill()
+
+
+# To repeat the epoch it is saved before the step that the signal came ahead of.
+@pytest.mark.parametrize(("resume", "step"), [("batch", 4), ("epoch", 3)])
+def test_the_step_is_finished_and_saved_before_fit_ends(resume, step, backup_dir):
+    callback = preemptible(backup_dir, resume=resume)
+    with pytest.raises(Preempted, match=f"SIGTERM: step {step} is saved") as caught:
+        fit(step_model(), Kill(batch=3), callback, epochs=2)
+    assert caught.value.code == Preempted.EXIT_CODE == 75
+    assert (caught.value.signum, caught.value.step) == (signal.SIGTERM, step)
+    assert 0 <= caught.value.waited_s < 60
+    assert callback._saver.committed.step == step  # it is durable by then
+    leave(callback)
+    model = step_model()
+    restored(model, backup_dir)
+    assert step_numbers(model) == {step}
+
+
+@pytest.mark.parametrize("resume", ["batch", "epoch"])
+def test_a_signal_during_validation_does_not_wait_for_its_end(resume, backup_dir):
+    tested = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            tested.append(batch)
+
+    callback = preemptible(backup_dir, resume=resume)
+    with pytest.raises(Preempted, match=f"step {STEPS} is saved"):
+        fit(step_model(), Kill(test_batch=1), callback, Watch(), validation_data=(X, Y))
+    assert tested == [0]
+    leave(callback)
+    model = step_model()
+    restored(model, backup_dir)
+    assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == STEPS
+
+
+def test_nothing_is_saved_twice(backup_dir, saves):
+    callback = BackupAndRestore(backup_dir, 4, save_before_preemption=True)
+    with pytest.raises(Preempted, match="step 4 is saved"):
+        fit(step_model(), Kill(batch=3), callback)
+    assert [step for step, *_ in saves] == [4]
+    leave(callback)
+
+
+def test_without_periodic_saves_nothing_is_saved_if_no_signal_comes(backup_dir, saves):
+    fit(step_model(), preemptible(backup_dir), epochs=2)
+    assert saves == []
+    assert not backup_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGTERM"])
+def test_other_signals_may_be_asked_for(name, backup_dir):
+    signum = signal.Signals[name]
+    before = signal.getsignal(signum)
+    callback = preemptible(backup_dir, preemption_signals=[name])
+    with pytest.raises(Preempted, match=name):
+        fit(step_model(), Kill(batch=2, signum=signum), callback)
+    assert signal.getsignal(signum) == before
+    leave(callback)
+
+
+@pytest.mark.parametrize("wrong", ["SIGKILL", "TERM", 0, 10_000])
+def test_a_signal_that_no_process_can_handle_is_refused(wrong, backup_dir):
+    with pytest.raises(ValueError, match=re.escape(repr(wrong))):
+        preemptible(backup_dir, preemption_signals=[wrong])
+
+
+@pytest.fixture
+def heard():
+    """Notes SIGTERMs by a handler of the user's."""
+    signals = []
+
+    def note(signum, frame):
+        signals.append(signum)
+
+    before = signal.signal(signal.SIGTERM, note)
+    yield signals, note
+    assert signal.getsignal(signal.SIGTERM) == note
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_handler_before_is_called_when_all_is_saved_and_put_back(backup_dir, heard):
+    signals, _ = heard
+    callback = preemptible(backup_dir)
+    with pytest.raises(Preempted):
+        fit(step_model(), Kill(batch=2, times=3), callback)
+    assert signals == [signal.SIGTERM]
+    leave(callback)
+
+
+def test_a_completed_fit_puts_the_handler_before_back(backup_dir, heard):
+    _, note = heard
+    fit(step_model(), preemptible(backup_dir))
+    assert signal.getsignal(signal.SIGTERM) == note
+
+
+def test_after_a_fit_that_raised_a_signal_goes_to_the_handler_before(backup_dir, heard):
+    signals, _ = heard
+
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            raise InterruptionError
+
+    callback = preemptible(backup_dir)
+    with pytest.raises(InterruptionError):
+        fit(step_model(), Fail(), callback)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals == [signal.SIGTERM]
+    leave(callback)
+
+
+def test_a_second_sigint_is_not_made_to_wait(backup_dir):
+    callback = preemptible(backup_dir, preemption_signals=["SIGINT"])
+    with pytest.raises(KeyboardInterrupt):
+        fit(step_model(), Kill(batch=2, signum=signal.SIGINT, times=2), callback)
+    leave(callback)
+
+
+def test_off_the_main_thread_nothing_is_installed(backup_dir):
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(
+        target=lambda: fit(step_model(), preemptible(backup_dir), Look()), name="trainer"
+    )
+    thread.start()
+    thread.join()
+    assert found == [before] * STEPS
+
+
+@pytest.mark.parametrize(("grace_period_s", "told"), [(0.0, 1), (600.0, 0), (None, 0)])
+def test_a_grace_period_that_was_too_short_is_reported(grace_period_s, told, backup_dir, caplog):
+    callback = preemptible(backup_dir, grace_period_s=grace_period_s)
+    with pytest.raises(Preempted):
+        fit(step_model(), Kill(batch=2), callback)
+    assert sum("grace period" in record.getMessage() for record in caplog.records) == told
+    leave(callback)
+
+
+def test_a_save_that_fails_is_raised_instead(backup_dir, monkeypatch):
+    from stepsave.store.local import LocalStore
+
+    def write(self, path, data):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(LocalStore, "write", write)
+    callback = preemptible(backup_dir)
+    with pytest.raises(stepsave.SaveFailedError):
+        fit(step_model(), Kill(batch=2), callback)
+
+
+_SCRIPT = """
+import os, signal, sys
+from keras_support import *
+
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 3 and sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+backup = stepsave.BackupAndRestore(sys.argv[1], save_freq=False, save_before_preemption=True)
+model = step_model()
+history = fit(model, backup, Kill(), epochs=2)
+print(step_numbers(model), history.epoch)
+"""
+
+
+def test_a_plain_script_ends_without_a_traceback_and_goes_on_when_run_again(backup_dir):
+    out, err = Child(_SCRIPT, backup_dir, "kill").wait(returncode=Preempted.EXIT_CODE)
+    assert out == ""
+    assert "Traceback" not in err
+    out, _ = Child(_SCRIPT, backup_dir, "").wait()
+    assert out.strip() == f"{{{float(2 * STEPS)}}} [0, 1]"
