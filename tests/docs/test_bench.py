@@ -86,3 +86,17 @@ def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_pat
     assert "sees no GPU" in done.stderr
     assert "--allow-cpu" in done.stderr
     assert not list(tmp_path.iterdir()), "nothing was measured, so nothing is kept"
+
+
+def test_the_table_of_exact_resume_is_the_generated_one():
+    import json
+
+    from bench import exact
+
+    assert exact.TABLE.read_text() == exact.table(json.loads(exact.JSON.read_text()))
+
+
+def test_every_cell_that_was_tested_is_exact():
+    from bench import exact
+
+    assert "not exact" not in exact.TABLE.read_text()

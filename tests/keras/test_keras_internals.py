@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002  callbacks have Keras's signatures
 """What stepsave uses of Keras that Keras does not promise: fails when Keras changes it."""
 
 import inspect
