@@ -204,7 +204,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
         keras_internals.set_initial_epoch(self._trained_model(), None)
         self._progress.begin_epoch(epoch, self._steps_per_epoch())
-        if self._restored is not None and self._loop is not None:
+        if self._restored is not None:
             self._progress.go_on_at(self._restored.position.batch)
         self._restored = None
         self._in_epoch = True
@@ -276,6 +276,9 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             single = self._trained_model().steps_per_execution == 1
             self._advance_and_save(max(self._batches_ended, self._batch_begun + 1 if single else 0))
         elif self._signals is not None:
+            # A callback may have ended the epoch within; then there was no cut.
+            keras_internals.flush(self._loop.callbacks)
+            self._progress.advance(self._batches_ended)
             # Where Keras learns the length by reading on, nothing was begun after the last batch.
             end = self._end or Cut.take(self._loop)
             self._before_validation = BeforeValidation.take(self._trained_model(), end)
@@ -308,14 +311,12 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         metadata, arrays = state.describe(position, self._siblings(), self._before_validation)
         paths, leaves = state.leaves(saver, arrays, self._before_validation)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
+        at = f"Epoch {progress.epoch + 1}"
         if handle.skipped:
-            self._tell(f"Epoch {progress.epoch + 1}: backup skipped, the disk is still busy")
+            self._tell(f"{at}: backup skipped, the disk is still busy")
             return
-        self._saved_step = position.global_step
-        self._tell(
-            f"Epoch {progress.epoch + 1}: saving backup of step {position.global_step} to "
-            f"{self.backup_dir}"
-        )
+        self._saved_step = step = position.global_step
+        self._tell(f"{at}: saving backup of step {step} to {self.backup_dir}")
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver

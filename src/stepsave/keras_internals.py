@@ -247,8 +247,7 @@ _CALLBACK_ATTRIBUTES = {
     "EarlyStopping": "wait stopped_epoch best best_weights best_epoch",
     "ReduceLROnPlateau": "best wait cooldown_counter",
     "ModelCheckpoint": "best _batches_seen_since_last_saving _last_batch_seen _current_epoch",
-    "OrbaxCheckpoint": "best _batches_seen_since_last_saving _last_batch_seen "
-    "_total_batches_seen",
+    "OrbaxCheckpoint": "best _batches_seen_since_last_saving _last_batch_seen _total_batches_seen",
     "BackupAndRestore": "_batches_seen_since_last_saving _last_batch_seen _current_epoch",
     "SwapEMAWeights": "_ema_weights_in_model",
     "TensorBoard": "_global_train_batch _global_test_batch _previous_epoch_iterations",

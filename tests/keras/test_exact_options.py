@@ -226,6 +226,7 @@ def test_an_epoch_that_a_callback_cut_short_is_not_trained_on(how, tmp_path):
     backup = stepsave.BackupAndRestore(tmp_path, save_freq, save_before_preemption=True)
     with pytest.raises(StopError if how == "exception" else stepsave.Preempted):
         run(backup, Interrupt("validation", how, backup, interrupted_epoch=0))
+    assert how == "exception" or backup._saver.committed.step == 5
     backup._saver.close()
     assert not run(stepsave.BackupAndRestore(tmp_path)).differences(run())
 
