@@ -60,6 +60,9 @@ RUNS = (
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     # Not 10,000 variables: Orbax takes half an hour to have its calls counted.
     Run("resources", "bench.resources", "--counts 100 1000"),
+    Run("resume", "bench.resume", "--backend jax"),
+    Run("resume", "bench.resume", "--backend tensorflow"),
+    Run("resume", "bench.resume", "--backend torch"),
     _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 5", SWEPT),
     _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 5", SWEPT),
     _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 5", SWEPT),
@@ -72,7 +75,7 @@ RUNS = (
 )
 # The same questions, tiny: each path through the code once.
 QUICK_RUNS = (
-    *(run for run in RUNS if run.group in ("engine", "idle", "resources")),
+    *(run for run in RUNS if run.group in ("engine", "idle", "resources", "resume")),
     _fits("fits", "--backend jax"),
     _fits("fits", "--backend tensorflow"),
     _fits("fits", "--backend torch"),
@@ -82,7 +85,7 @@ QUICK_RUNS = (
     _fits("sweep", "--backend jax --megabytes 1 --variables 300", SCALED),
     _fits("trace", "--backend jax --trace", TRACED),
 )
-GROUPS = ("engine", "fits", "sweep", "idle", "trace", "resources", "parts", "publish")
+GROUPS = (*("engine", "fits", "sweep", "idle", "trace", "resources", "resume", "parts", "publish"),)
 
 
 def parts(results: Path, *, quick: bool) -> list[str]:

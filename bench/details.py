@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bench import resume_table
 from bench.collected import (
     BACKEND_NAMES,
     Collected,
@@ -39,12 +40,14 @@ def machine_line(collected: Collected) -> str:
 
 def of_machine(collected: Collected) -> str:
     """Every table; a section of what is missing says so."""
+    resumed = resume_table.sections(collected)  # none, where nothing was measured
     sections: list[tuple[str, Callable[[Collected], list[str]]]] = [
         ("One save against its floors", _engine),
         ("First save", _first),
         ("Many variables", _variables),
         ("Writer threads", _writers),
         ("Restore from a cold disk", _restore),
+        *((title, lambda _, lines=lines: lines) for title, lines in resumed),
         ("Whole fits", _all_fits),
         ("How often", lambda c: _sweep(c, "every", "a save every {} steps")),
         ("How big", lambda c: _sweep(c, "megabytes", "{:.0f} MB")),

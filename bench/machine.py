@@ -21,6 +21,8 @@ PACKAGES = (
     "orbax-checkpoint",
     "torch",
     "tensorflow-cpu",
+    "grain",
+    "torchdata",
 )
 
 

@@ -1,10 +1,9 @@
 """How long does a `fit` take to go on in the midst of an epoch, by source of its data?
 
 Each source is trained up to a batch far into an epoch, which leaves a backup, and to one at
-its begin. Resumes of both are timed, from the first hook of `fit` until a batch is trained:
-what the far one takes longer is the way to its place; restoring and compiling are in neither.
-Compared with what reading the batches between takes. Every resumed batch must be the one
-that was due.
+its begin. Resumes of both are timed, from the begin of the epoch until a batch is trained:
+what the far one takes longer is the way to its place. It is compared with what reading the
+batches between takes. Every resumed batch must be the one that was due.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from bench.subjects import ALL_BACKENDS
 
 NEAR = 2  # batches before the near resume
 FAR, NEAR_RESUME, READ = "far", "near", "read_s"
-QUICK = {"batch": 200, "repeats": 1}
+QUICK = {"batch": 100, "repeats": 1}
 
 Sample = dict[str, Any]
 
@@ -73,7 +72,7 @@ class Rounds:
         """The other sources are still worth measuring; the run fails at its end."""
         try:
             action()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it is a result
             traceback.print_exc()
             self.failed[source] = f"{type(error).__name__}: {error}"[:500]
             print(f"FAILED: {source}", file=sys.stderr)
@@ -95,12 +94,14 @@ def summarize(samples: Sequence[Sample], failed: dict[str, str]) -> dict[str, An
             continue
         longer = {
             key: [each[FAR][key] - each[NEAR_RESUME][key] for each in rounds]
-            for key in ("to_begin_s", "to_trained_s")
+            for key in ("restore_s", "to_begin_s", "to_trained_s")
         }
+        with_restore_s = map(sum, zip(longer["restore_s"], longer["to_trained_s"], strict=True))
         read_s = [each[READ] for each in rounds]
         summary[source] = {
             "longer_s": spread(longer["to_trained_s"]),
             "longer_to_begin_s": spread(longer["to_begin_s"]),
+            "longer_with_restore_s": spread(list(with_restore_s)),
             "read_s": spread(read_s),
             "longer_over_read": common.ratios(longer["to_trained_s"], read_s),
             "near_s": spread([each[NEAR_RESUME]["to_trained_s"] for each in rounds]),
@@ -112,7 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser("resume", __doc__)
     parser.add_argument("--backend", choices=ALL_BACKENDS, default="jax")
     parser.add_argument("--batch", type=int, default=10_000, help="where to resume")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds after the warm-up")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     parser.add_argument("--sources", nargs="*", choices=list(SOURCES), default=list(SOURCES))
     options = common.parse(parser, arguments, QUICK)
     if options.batch <= NEAR:
@@ -165,14 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _show(result: dict[str, Any]) -> None:
     settings = result["settings"]
     print(f"resume: {settings['backend']}, at batch {settings['batch']}")
-    print(f"{'':>28}  longer ms  until begin  reading ms  part of it  near ms")
+    print(f"{'':>28}  longer ms  until begin  with restore  reading ms  part of it  near ms")
     for source, found in result["summary"].items():
-        longer, begin, read, near = (
-            found[key]["median"] * 1e3
-            for key in ("longer_s", "longer_to_begin_s", "read_s", "near_s")
+        longer, begin, restore, read, near = (
+            found[f"{key}_s"]["median"] * 1e3
+            for key in ("longer", "longer_to_begin", "longer_with_restore", "read", "near")
         )
         part = found["longer_over_read"]["median"]
-        print(f"{source:>28} {longer:10.1f} {begin:12.1f} {read:11.1f} {part:11.3f} {near:8.1f}")
+        line = f"{source:>28} {longer:10.1f} {begin:12.1f} {restore:13.1f}"
+        print(f"{line} {read:11.1f} {part:11.3f} {near:8.1f}")
     for source, error in result["failed"].items():
         print(f"{source:>28} FAILED: {error}")
 

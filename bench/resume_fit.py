@@ -49,16 +49,27 @@ class Watch(keras.callbacks.Callback):
     def __init__(self, last: int) -> None:
         super().__init__()
         self.first: int | None = None
-        self.to_begin_s = self.to_trained_s = 0.0
+        self.begin_s = self.epoch_s = self.batch_s = self.trained_s = 0.0
         self._last = last
+
+    def times(self) -> dict[str, float]:
+        """Seconds from one place to the next."""
+        return {
+            "restore_s": self.epoch_s - self.begin_s,
+            "to_begin_s": self.batch_s - self.epoch_s,
+            "to_trained_s": self.trained_s - self.epoch_s,
+        }
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.fit = find_fit(self._model)
-        self._begin_s = time.perf_counter()
+        self.begin_s = time.perf_counter()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch_s = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.first is None:
-            self.to_begin_s = time.perf_counter() - self._begin_s
+            self.batch_s = time.perf_counter()
             self.first = batch
         if batch >= self._last:
             self._model.stop_training = True
@@ -66,7 +77,7 @@ class Watch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if batch == self.first:
             device_sync(self._model)
-            self.to_trained_s = time.perf_counter() - self._begin_s
+            self.trained_s = time.perf_counter()
 
 
 class ReadError(Exception):
@@ -132,15 +143,16 @@ class Training:
         """Resumes, trains one batch, and compares it with the one that came then.
 
         Returns:
-            Seconds from the first hook of `fit` until that batch begins, and until it is
-            trained. Some sources do no more than note the place before the batch begins.
+            Seconds from the first hook of `fit` until the epoch begins, and from there until
+            the batch begins and until it is trained. Before the batch begins some sources do
+            no more than note the place.
         """
         watch = Watch(batch)
         self._fit(watch, self._backup(batch, save_freq=NEVER))
         assert watch.first == batch, f"went on at batch {watch.first}, not {batch}"
         same = np.array_equal(self._targets(), self._expected[batch])
         assert same, "the first batch after the resume is not the one that was due"
-        return {"to_begin_s": watch.to_begin_s, "to_trained_s": watch.to_trained_s}
+        return watch.times()
 
     def read_s(self, begin: int, end: int) -> float:
         """Seconds to read the batches between, without training."""

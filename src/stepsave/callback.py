@@ -183,8 +183,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         Raises:
             SaveFailedError: If a save failed; the backup is then kept.
         """
-        # Here too: `fit` may have had no epoch left to run.
-        keras_internals.set_initial_epoch(self._trained_model(), None)
+        keras_internals.set_initial_epoch(self._trained_model(), None)  # if no epoch was left
         if self._signals is not None:
             self._signals.remove()
         if self._loop is not None:

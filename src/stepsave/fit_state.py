@@ -216,7 +216,8 @@ class RestoredFit:
 
         def at_cut(batch: Any) -> None:
             if self.between_epochs:
-                return  # all was put back before the epoch began
+                self.variables.forget()  # all was put back before the epoch began
+                return
             if batch is not None and keras.backend.backend() == "tensorflow":
                 keras_internals.build_metrics(model, batch)
             self.variables.assign_again()

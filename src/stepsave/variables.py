@@ -118,21 +118,26 @@ class Restored:
         for variable, value in zip(variables, values, strict=True):
             self._assigned.append((variable, value, _mark(variable.value)))
 
+    def forget(self) -> None:
+        """Lets go of the values, which are a copy of the state on the host."""
+        self._assigned.clear()
+        self._state = {}
+
     def assign_again(self) -> None:
-        """Assigns what was changed since, and metrics that did not exist then."""
+        """Assigns what was changed since, and metrics that did not exist then; then forgets."""
         for variable, value, mark in self._assigned:
             if mark is None or _mark(variable.value) != mark:
                 variable.assign(value)
         known = {id(variable) for variable, _, _ in self._assigned}
         now = ModelVariables(self._model)
-        if all(id(variable) in known for variable in now.variables):
-            return
-        pairs, _ = _match(now, *flatten(self._state))
+        is_known = all(id(variable) in known for variable in now.variables)
+        pairs = [] if is_known else _match(now, *flatten(self._state))[0]
         for variable, _, array in pairs:
             if id(variable) not in known:
                 value, _ = _fit_value(variable, array, self._backend)
                 if value is not None:
                     variable.assign(value)
+        self.forget()
 
 
 def _mark(value: Any) -> Any:

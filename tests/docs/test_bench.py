@@ -20,9 +20,19 @@ RUNS = {
         "--subjects",
         "stepsave",
         "copy",
+        "copy_write",
         "keras",
     ],
     "restore": ["bench.restore", "--quick"],
+    "resume": [
+        "bench.resume",
+        "--quick",
+        "--sources",
+        "arrays, shuffled",
+        "torch DataLoader, 2 workers",
+        "grain MapDataset",
+        "generator",
+    ],
     "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "60"],
 }
 
@@ -60,6 +70,13 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
     run(*RUNS[name], "--results", str(tmp_path), "--directory", str(tmp_path))
     found = results_of(tmp_path)
     assert found
+    assert not any(result.get("failed") for result in found)
+    if name == "fits":
+        for key in ("stepsave", "copy", "copy_write"):
+            held = found[0]["summary"]["subjects"][key]["blocked_s"]
+            assert held["p50"] > 0, f"{key}: no save was timed"
+    if name == "resume":
+        assert list(found[0]["summary"]) == RUNS[name][3:]
     if name == "gpu":
         assert {result["framework"] for result in found} == {"jax", "torch"}
         for result in found:
