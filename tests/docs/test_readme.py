@@ -12,13 +12,17 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+FIT, PREEMPTION, LOOP = EXAMPLES
+PREEMPTION = FIT + PREEMPTION  # it goes on with that model
+
+
 def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
-    assert len(EXAMPLES) == 2
-    assert ".fit(" in EXAMPLES[0]
-    assert "Checkpointer(" in EXAMPLES[1]
+    assert ".fit(" in FIT
+    assert "save_before_preemption" in PREEMPTION
+    assert "Checkpointer(" in LOOP
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["fit", "loop"])
+@pytest.mark.parametrize("example", [FIT, PREEMPTION, LOOP], ids=["fit", "preemption", "loop"])
 def test_an_example_of_the_readme_runs_as_written_and_again_after_it(example, tmp_path):
     for _ in range(2):
         done = subprocess.run(
@@ -32,7 +36,7 @@ def test_an_example_of_the_readme_runs_as_written_and_again_after_it(example, tm
 
 
 def test_the_loop_of_the_readme_goes_on_where_it_was(tmp_path):
-    code = EXAMPLES[1] + "\nprint(step, weights[0])\n"
+    code = LOOP + "\nprint(step, weights[0])\n"
     killed = code.replace("weights += 1.0", "weights += 1.0\n        if step == 52: break")
     for source, expected in ((killed, "52 53.0"), (code, "99 100.0")):
         done = subprocess.run(
