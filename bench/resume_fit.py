@@ -180,7 +180,9 @@ class Training:
         self._model.fit(**data, epochs=1, verbose=0, callbacks=list(callbacks))
         for callback in callbacks:
             if isinstance(callback, Watch) and callback.fit is not None:
-                callback.fit.epoch_iterator.data_adapter.on_epoch_end()
+                # Ended early, it keeps threads; and collected as garbage, torch waits ten
+                # seconds for processes whose end it can no longer see.
+                callback.fit.epoch_iterator.reset()
                 callback.fit = None
 
     def _targets(self) -> np.ndarray:

@@ -33,8 +33,11 @@ from stepsave.variables import (
 
 __all__ = ("BeforeValidation", "Cut", "FitState", "RestoredFit", "restore_fit")
 
-_CALLBACKS = "callbacks"  # collections of leaves beside those of the variables
-_RNG = "rng"
+# Arrays beside the variables lie where stock Keras, which refuses collections that it does not
+# know, passes over names that it does not know.
+_COLLECTION, _OURS = "metrics_variables", "stepsave"
+_CALLBACKS = (_COLLECTION, _OURS, "callbacks")
+_KERAS_SEED = (_COLLECTION, _OURS, "rng", "keras")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,8 +158,8 @@ class FitState:
         kind = (variables, len(arrays), seed is not None)
         if kind != self._paths_for:  # the engine compares paths by identity first
             self._paths_for = kind
-            extra = [(_CALLBACKS, str(i)) for i in range(len(arrays))]
-            extra += [] if seed is None else [(_RNG, "keras")]
+            extra = [(*_CALLBACKS, str(i)) for i in range(len(arrays))]
+            extra += [] if seed is None else [_KERAS_SEED]
             self._paths = [*variables.paths, *extra]
         return self._paths, [*values, *arrays, *([] if seed is None else [seed.value])]
 
@@ -264,8 +267,9 @@ def restore_fit(model: Any, backup: Backup) -> RestoredFit:
     if document is not None and not isinstance(document.get("callbacks"), list):
         raise CorruptBackupError(f"Impossible state of a fit in the backup: {document!r:.200}.")
     state = dict(backup.state)
-    arrays: Mapping[str, Any] = state.pop(_CALLBACKS, {})
-    seed = state.pop(_RNG, {}).get("keras")
+    metrics = state[_COLLECTION] = dict(state.get(_COLLECTION, {}))
+    ours: Mapping[str, Any] = metrics.pop(_OURS, {})
+    arrays, seed = ours.get("callbacks", {}), ours.get("rng", {}).get("keras")
     prepare_model(model, metadata.get("build_config"))
     variables = restore_variables(model, state, metadata.get("backend"))
     in_order = [arrays[key] for key in sorted(arrays, key=int)]

@@ -96,6 +96,24 @@ def test_stock_keras_rebuilds_the_whole_model(trained):
     np.testing.assert_equal(loaded.predict(X_INT, verbose=0), model.predict(X_INT, verbose=0))
 
 
+def test_stock_keras_reads_past_the_arrays_of_callbacks_and_generators(backup_dir):
+    keras.utils.set_random_seed(1)
+    keras.random.uniform((2,))  # so that there is a global seed
+    model = rich_model(adam(), names=True)
+    best = keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    backup = stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False)
+    fit(model, best, backup, x=X_INT)
+    with stepsave.Checkpointer(backup_dir) as saver:
+        state = saver.restore().state["metrics_variables"]["stepsave"]
+    assert len(state["callbacks"]) == len(model.get_weights())
+    assert state["rng"]["keras"].shape == (2,)
+    other = rich_model(adam(), names=True)
+    other.load_weights(backup_dir)
+    assert bits(other.get_weights()) == bits(model.get_weights())
+    loaded = keras.saving.load_model(backup_dir)
+    np.testing.assert_equal(loaded.predict(X_INT, verbose=0), model.predict(X_INT, verbose=0))
+
+
 def sequential_model():
     return keras.Sequential(
         [
