@@ -87,9 +87,9 @@ file anew); random operations of TensorFlow within a `tf.function`, other than K
 """
 
 
-def run_tests() -> dict[str, dict]:
-    found = {}
-    for backend in BACKENDS:
+def run_tests(backends: list[str]) -> dict[str, dict]:
+    found = json.loads(JSON.read_text()) if JSON.exists() else {}
+    for backend in backends:
         with tempfile.TemporaryDirectory() as directory:
             report = Path(directory) / "report.xml"
             command = [sys.executable, "-m", "pytest", *TESTS, "-n", "2", "-q"]
@@ -164,8 +164,11 @@ def verdict(places: dict[str, dict[str, bool]] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--publish", action="store_true")
-    if not parser.parse_args().publish:
-        JSON.write_text(json.dumps(run_tests(), indent=1, sort_keys=True) + "\n")
+    parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=list(BACKENDS))
+    arguments = parser.parse_args()
+    if not arguments.publish:
+        found = run_tests(arguments.backends)
+        JSON.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     TABLE.write_text(table(json.loads(JSON.read_text())))
 
 
