@@ -100,6 +100,9 @@ class Preempted(SystemExit):
         self.step = step
         self.waited_s = waited_s
 
+    def __reduce__(self) -> tuple[type[Preempted], tuple[int, int, float]]:
+        return type(self), (self.signum, self.step, self.waited_s)
+
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
         return (

@@ -21,7 +21,12 @@ def test_every_error_is_public_and_documented():
 
 def test_the_tree_in_the_docstring_is_the_tree():
     drawn = re.findall(r"── (\w+)\s+(?:\((\w+)\))?", errors.__doc__)
-    assert {name for name, _ in drawn} == set(errors.__all__) - {"StepsaveError"}
+    in_tree = {cls.__name__ for cls in CLASSES if issubclass(cls, errors.StepsaveError)}
+    assert {name for name, _ in drawn} == in_tree - {"StepsaveError"}
+    beside = re.findall(r"^    (\w+)\s+\((\w+)\)", errors.__doc__, re.MULTILINE)
+    assert {name for name, _ in beside} == set(errors.__all__) - in_tree
+    for name, builtin in beside:
+        assert issubclass(getattr(errors, name), getattr(__import__("builtins"), builtin))
     for name, builtin in drawn:
         cls = getattr(errors, name)
         assert issubclass(cls, errors.StepsaveError)
@@ -31,9 +36,10 @@ def test_the_tree_in_the_docstring_is_the_tree():
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_an_error_survives_a_trip_between_processes(cls):
-    again = pickle.loads(pickle.dumps(cls("what happened")))
+    error = cls(15, 3, 0.5) if cls is errors.Preempted else cls("what happened")
+    again = pickle.loads(pickle.dumps(error))
     assert type(again) is cls
-    assert str(again) == "what happened"
+    assert str(again) == str(error) != ""
 
 
 def test_the_engine_works_where_keras_cannot_be_imported(tmp_path):

@@ -294,6 +294,10 @@ SOURCES = {
     "arrays, batches shuffled": lambda: arrays(shuffle="batch"),
     "PyDataset": lambda: {"x": Rows(), "shuffle": True},
     "PyDataset with threads": lambda: {"x": Rows(workers=2), "shuffle": True},
+    "PyDataset with processes": lambda: {
+        "x": Rows(workers=2, use_multiprocessing=True),
+        "shuffle": True,
+    },
     "PyDataset that shuffles itself": lambda: {"x": ShuffledRows(), "shuffle": False},
     "tf.data": lambda: {"x": tf_dataset()},
     "tf.data, repeated": lambda: {"x": tf_dataset(repeat=True), "steps_per_epoch": STEPS},
@@ -309,8 +313,8 @@ SOURCES = {
 
 
 if BACKEND != "torch":
-    # It forks, which processes with JAX or TensorFlow in them do not always survive.
-    del SOURCES["torch DataLoader with workers"]
+    # They fork, which processes with JAX or TensorFlow in them do not always survive.
+    del SOURCES["torch DataLoader with workers"], SOURCES["PyDataset with processes"]
 
 
 class Result:
