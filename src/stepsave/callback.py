@@ -34,6 +34,13 @@ __all__ = ("BackupAndRestore",)
 _logger = logging.getLogger("stepsave")
 
 
+# Neither the data nor the end of such a `fit` is known: signals would go astray after it.
+_UNKNOWN_FIT = (
+    "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
+    'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
+)
+
+
 class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
     """Backs up the training state in the background and restores it after an interruption.
 
@@ -157,8 +164,11 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         model = self._trained_model()
         saver = self._open()
         fit = keras_internals.find_fit(model)
-        if self.resume == "batch":
-            self._follow(fit, model)
+        exact = self.resume == "batch"
+        if fit is None and (exact or self.save_before_preemption):
+            warnings.warn(_UNKNOWN_FIT, stacklevel=2)
+        if fit is not None and exact:
+            self._loop = FitLoop(fit, model, self)
         self._state = FitState(model, self._loop, with_history=self.history == "all")
         backup = saver.restore()
         if backup is not None:
@@ -167,7 +177,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             self._loop.warn_of_doubts()
         if model.built:
             self._state.prepare(saver)
-        if self.save_before_preemption:
+        if fit is not None and self.save_before_preemption:
             self._expect_signals(fit, model)
 
     def after_train_begin(self) -> None:
@@ -326,23 +336,12 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         saver.wait()
         signals.end(self._saved_step, self.grace_period_s)
 
-    def _expect_signals(self, fit: RunningFit | None, model: Any) -> None:
+    def _expect_signals(self, fit: RunningFit, model: Any) -> None:
         if self._signals is not None:
             self._signals.remove()  # of a fit that raised
         signals = PreemptionSignals(self.preemption_signals, is_in_fit(fit, model))
         self._signals = signals if signals.install() else None
         weakref.finalize(self, signals.remove).atexit = False
-
-    def _follow(self, fit: RunningFit | None, model: Any) -> None:
-        """Takes part in the loop of `fit`."""
-        if fit is None:
-            warnings.warn(
-                "This `fit` is not Keras's, or Keras has changed: training can only be resumed "
-                'at the head of an epoch. `resume="epoch"` says that this is meant.',
-                stacklevel=2,
-            )
-            return
-        self._loop = FitLoop(fit, model, self)
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)

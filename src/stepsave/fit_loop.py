@@ -87,7 +87,6 @@ class FitLoop:
             model: Its model.
             listener: Who is told of cuts.
         """
-        self.code = fit.code
         self._iterator = weakref.ref(fit.epoch_iterator)
         self._callbacks = weakref.ref(fit.callbacks)
         self._model = weakref.ref(model)
@@ -122,11 +121,6 @@ class FitLoop:
         callbacks = self.callbacks
         others = [] if callbacks is None else callbacks.callbacks
         return [other for other in others if other is not one]
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of an epoch, as far as is known."""
-        return self._data().steps
 
     def stream(self, *, between_epochs: bool) -> Stream:
         """The stream as it is at this cut; between epochs the one that comes next."""
@@ -251,10 +245,10 @@ class FitLoop:
         # Executions; in an epoch that has become shorter all of them.
         done = math.ceil(min(resume.batch, data.steps or resume.batch) / each)
         sample: Any = None
-        for at, (begin, end, stream) in enumerate(executions):
+        for at, (begin, end, iterator) in enumerate(executions):
             if at == 0:
                 # Keras counts what it hands out; the stream may be longer in use than this epoch.
-                sample = self._pass_over(stream)
+                sample = self._pass_over(iterator)
                 if self._between_epochs is not None:
                     rng.restore(self._between_epochs)  # the way here may have drawn from them
                 if data.streams_last:
@@ -273,7 +267,7 @@ class FitLoop:
                 continue
             if done == 0:
                 self._restore_at_cut(resume, sample)
-            first = (begin, end, stream)
+            first = (begin, end, iterator)
             if done == 0 or data.steps is not None:
                 yield from self._execute(*first)
             else:

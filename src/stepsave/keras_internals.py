@@ -137,20 +137,16 @@ def find_fit(model: Any) -> RunningFit | None:
     return None
 
 
-def is_in_fit(fit: RunningFit | None, model: Any) -> Callable[[FrameType | None], bool]:
-    """Returns what tells whether code at a frame was called by this `fit` of this model.
-
-    Where the `fit` is not known, all code counts as called by it.
-    """
-    code = None if fit is None else fit.code
-    alive = weakref.ref(model)
+def is_in_fit(fit: RunningFit, model: Any) -> Callable[[FrameType | None], bool]:
+    """Returns what tells whether code at a frame was called by this `fit` of this model."""
+    code, alive = fit.code, weakref.ref(model)
 
     def is_in(frame: FrameType | None) -> bool:
-        while code is not None and frame is not None:
+        while frame is not None:
             if frame.f_code is code and frame.f_locals.get("self") is alive():
                 return True
             frame = frame.f_back
-        return code is None
+        return False
 
     return is_in
 

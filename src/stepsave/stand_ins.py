@@ -34,9 +34,11 @@ def or_end(model: Any, callbacks: Any) -> Generator[Callable[[], bool], None, No
         return (logs, args[0]) if len(args) > 1 else logs
 
     model.train_function = train_or_end
-    with contextlib.ExitStack() as hidden:
-        yield lambda: ended
-    model.train_function = train
+    try:
+        with contextlib.ExitStack() as hidden:
+            yield lambda: ended
+    finally:
+        model.train_function = train  # a callback may have raised before the step
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 # ruff: noqa: ARG002  callbacks have Keras's signatures
 
 import shutil
+import signal
 import warnings
 
 import keras
@@ -297,12 +298,16 @@ def test_a_fit_that_is_not_that_of_keras_resumes_at_an_epoch_and_says_so(tmp_pat
         def fit(self, callbacks):
             callbacks = keras.callbacks.CallbackList(callbacks, model=self, epochs=2, steps=1)
             callbacks.on_train_begin()
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
             callbacks.on_train_end()
 
     own = Own(*_inputs_and_outputs())
     own.compile("sgd", "mse")
-    with pytest.warns(UserWarning, match='resume="epoch"'):
-        own.fit([stepsave.BackupAndRestore(tmp_path)])
+    before = signal.getsignal(signal.SIGTERM)
+    for options in ({}, {"resume": "epoch", "save_before_preemption": True}):
+        with pytest.warns(UserWarning, match='resume="epoch".*no signals'):
+            own.fit([stepsave.BackupAndRestore(tmp_path, **options)])
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def _inputs_and_outputs():

@@ -260,6 +260,24 @@ def test_a_generator_that_begins_otherwise_is_noticed_when_it_is_resumed(tmp_pat
         fit(1.0, stepsave.BackupAndRestore(tmp_path, 3))
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="there it is read, as Keras reads ahead")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_loader_whose_place_cannot_be_saved_is_read_again(monkeypatch, tmp_path, caplog):
+    class Odd:
+        """State of a data set that is no data."""
+
+    monkeypatch.setattr(TorchRows, "state_dict", lambda _: {"odd": Odd()}, raising=False)
+    monkeypatch.setattr(TorchRows, "load_state_dict", lambda _, state: None, raising=False)
+    expected = train("StatefulDataLoader")
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        train("StatefulDataLoader", backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    found = train("StatefulDataLoader", stepsave.BackupAndRestore(tmp_path, 3))
+    assert not found.differences(expected)
+    assert sum("cannot be set to its place" in r.getMessage() for r in caplog.records) == 2
+
+
 def test_a_py_dataset_that_says_its_state_is_not_warned_of(tmp_path):
     make_model().fit(ShuffledRows(), verbose=0, callbacks=[stepsave.BackupAndRestore(tmp_path)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import keras
 
 from stepsave import keras_internals, rng
+from stepsave.errors import InvalidStateError
 from stepsave.keras_internals import EpochData
 from stepsave.packing import pack, unpack
 from stepsave.sources.source import Source, backend, reads_ahead
 
 __all__ = ("ArraySource", "LoaderSource", "PyDatasetSource")
+
+_logger = logging.getLogger("stepsave")
 
 
 class ArraySource(Source):
@@ -156,6 +160,10 @@ class LoaderSource(Source):
 
     name = "torch `DataLoader`"
 
+    def __init__(self, data: EpochData) -> None:
+        super().__init__(data)
+        self._place_is_packable = True
+
     def doubt(self) -> str | None:
         if self.object.num_workers and self.object.persistent_workers:
             return (
@@ -167,7 +175,7 @@ class LoaderSource(Source):
     @property
     def _tells_its_place(self) -> bool:
         stateful = all(hasattr(self.object, name) for name in ("state_dict", "load_state_dict"))
-        return stateful and not reads_ahead()
+        return stateful and self._place_is_packable and not reads_ahead()
 
     def state(self) -> Any:
         return pack([generator.get_state() for generator in self._generators()])
@@ -175,7 +183,12 @@ class LoaderSource(Source):
     def place(self, batches: int) -> Any:
         if not self._tells_its_place or batches == self.data.steps:
             return None  # at its end, loading a state would begin the epoch after it
-        return pack(self.object.state_dict(), where="state_dict()")
+        try:
+            return pack(self.object.state_dict(), where="state_dict()")
+        except InvalidStateError as e:  # of a data set of the user's: it can still be read again
+            _logger.warning("The loader cannot be set to its place when it is resumed: %s", e)
+            self._place_is_packable = False
+            return None
 
     def set_state(self, state: Any) -> None:
         for generator, words in zip(self._generators(), unpack(state or []), strict=False):
