@@ -145,7 +145,8 @@ class Interrupt(keras.callbacks.Callback):
         if self.how == "SIGKILL":
             # What is committed decides, so let it be the same as with an exception.
             self.backup._saver.wait()
-        os.kill(os.getpid(), getattr(signal, self.how))
+        # To this thread: it is noted here, and not a little later.
+        signal.raise_signal(getattr(signal, self.how))
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch

@@ -267,7 +267,7 @@ def test_a_loader_whose_place_cannot_be_saved_is_read_again(monkeypatch, tmp_pat
         """State of a data set that is no data."""
 
     monkeypatch.setattr(TorchRows, "state_dict", lambda _: {"odd": Odd()}, raising=False)
-    monkeypatch.setattr(TorchRows, "load_state_dict", lambda _, state: None, raising=False)
+    monkeypatch.setattr(TorchRows, "load_state_dict", lambda *_: None, raising=False)
     expected = train("StatefulDataLoader")
     backup = stepsave.BackupAndRestore(tmp_path, 3)
     with pytest.raises(StopError):
