@@ -160,6 +160,15 @@ def test_after_a_fit_that_raised_a_signal_goes_to_the_handler_before(backup_dir,
     leave(callback)
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT as in a terminal; a shell that starts a process in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_sigint_is_not_made_to_wait(backup_dir):
     callback = preemptible(backup_dir, preemption_signals=["SIGINT"])
     with pytest.raises(KeyboardInterrupt):
