@@ -13,8 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
 
-# The engine's tests run once and, where the machine lets them, in parallel; those of the
-# callback run once per backend, each in a process of its own.
+# The engine's tests run once; those of the callback once per backend, in processes of its own.
 test: test-engine test-keras test-oldest-keras test-docs
 
 test-engine: $(VENV)/.test
@@ -23,7 +22,7 @@ test-engine: $(VENV)/.test
 test-keras: $(VENV)/.test
 	@set -e; for backend in $(BACKENDS); do \
 	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras --ignore-glob="*/test_exact_*"; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras --ignore-glob="*/test_exact_*" -n 2; \
 	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras/test_exact_*.py -n 2; \
 	done
 

@@ -324,30 +324,35 @@ class SmallDisk(keras.callbacks.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, hard))
 
 
-@pytest.fixture
-def _whole_disk_afterwards():
+@contextlib.contextmanager
+def whole_disk_afterwards():
+    """Puts the limit back inside the test: it binds pytest's own output too, if that is a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("_whole_disk_afterwards")
 def test_a_failed_save_raises_at_a_later_hook_and_the_old_backup_stays(backup_dir):
     model = step_model(width=4096)
     callback = BackupAndRestore(backup_dir, 3)
-    with pytest.raises(stepsave.SaveFailedError, match="step 6 failed"):
-        fit(model, callback, SmallDisk(callback, batch=5), epochs=100)
-    with contextlib.suppress(stepsave.SaveFailedError):  # step 9 may have been under way
-        leave(callback)
+    with whole_disk_afterwards():
+        with pytest.raises(stepsave.SaveFailedError, match="step 6 failed"):
+            fit(model, callback, SmallDisk(callback, batch=5), epochs=100)
+        with contextlib.suppress(stepsave.SaveFailedError):  # step 9 may have been under way
+            leave(callback)
     model = step_model(width=4096)
     restored(model, backup_dir)
     assert step_numbers(model) == {3}
 
 
-@pytest.mark.usefixtures("_whole_disk_afterwards")
 def test_a_failure_of_the_last_save_raises_at_the_end_and_keeps_the_data(backup_dir):
     callback = BackupAndRestore(backup_dir)  # epochs end at steps 7 and 14
-    with pytest.raises(stepsave.SaveFailedError, match="step 14 failed"):
+    with (
+        whole_disk_afterwards(),
+        pytest.raises(stepsave.SaveFailedError, match="step 14 failed"),
+    ):
         fit(step_model(width=4096), callback, SmallDisk(callback, 6, 1), epochs=2)
     assert callback.stats().failed == 1
     model = step_model(width=4096)
