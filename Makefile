@@ -32,7 +32,7 @@ test-oldest-keras: $(VENV)/.oldest-keras
 	  echo "== KERAS_BACKEND=$$backend with $(OLDEST_KERAS)"; \
 	  PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras KERAS_BACKEND=$$backend $(PYTEST) -n 2 \
 	    tests/keras/test_exact_resume.py tests/keras/test_keras_internals.py \
-	    tests/keras/test_preemption.py -k "not SIGKILL and not SIGTERM"; \
+	    tests/keras/test_preemption.py tests/keras/test_sources.py -k "not SIGKILL and not SIGTERM"; \
 	done
 
 test-docs: $(VENV)/.test

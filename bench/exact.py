@@ -40,8 +40,9 @@ these: dropout, batch normalisation, shuffling, `EarlyStopping` with its best we
 """
 
 AFTER = """
-- *exact*: all of the tests of that cell passed. *not tested*: workers of a `DataLoader` are
-  forked, which a process with JAX or TensorFlow in it does not always survive.
+- *exact*: all of the tests of that cell passed. *not tested*: Keras forks these processes, which
+  a process with JAX or TensorFlow in it does not always survive. Workers of a `DataLoader` were
+  therefore made with `multiprocessing_context="forkserver"` on these backends.
 - Exact means: on the same machine, with the same number of threads, and as exact as the
   training itself: where two runs without interruption differ, so do these. Seed your script
   (`keras.utils.set_random_seed`; with a torch `DataLoader` on another backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import numbers
 import os
 import threading
@@ -19,7 +18,7 @@ from stepsave.arguments import check_choice, check_threads
 from stepsave.checkpointer import Checkpointer, WhenBusy
 from stepsave.directories import take_directory
 from stepsave.errors import DirectoryBusyError
-from stepsave.fit_loop import FitLoop
+from stepsave.fit_loop import FitLoop, tell
 from stepsave.fit_state import BeforeValidation, Cut, FitState, RestoredFit, restore_fit
 from stepsave.keras_files import KerasFiles
 from stepsave.keras_internals import RunningFit, is_in_fit
@@ -30,8 +29,6 @@ from stepsave.snapshot.staging import SnapshotMode
 from stepsave.spec import Backup, BackupRecord, SaveStats
 
 __all__ = ("BackupAndRestore",)
-
-_logger = logging.getLogger("stepsave")
 
 
 # Neither the data nor the end of such a `fit` is known: signals would go astray after it.
@@ -253,6 +250,10 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             if progress.batches_done == progress.steps and self._loop is not None:
                 self._end = Cut.take(self._loop)
 
+    def while_passing_over(self) -> None:
+        """Called when a batch was read that was trained before the interruption."""
+        self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
+
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         # Always called by the thread of `fit`, after the last step and before the next, and
         # without a device sync; so with asynchronous dispatch this is where to save.
@@ -387,12 +388,8 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         return int(steps) if isinstance(steps, numbers.Integral) else None
 
     def _tell(self, message: str) -> None:
-        if not self.verbose:
-            return
-        if keras.config.is_interactive_logging_enabled():
-            print(f"\n{message}", flush=True)  # noqa: T201  as Keras's callbacks do
-        else:
-            _logger.info("%s", message)
+        if self.verbose:
+            tell(f"\n{message}")
 
 
 def _is_wrapped(model: Any) -> bool:

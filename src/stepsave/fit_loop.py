@@ -32,7 +32,7 @@ from stepsave.rng import RngState
 from stepsave.sources import Source, source_for
 from stepsave.stream import Resume, Stream
 
-__all__ = ("FitLoop", "Listener")
+__all__ = ("FitLoop", "Listener", "tell")
 
 _logger = logging.getLogger("stepsave")
 
@@ -47,6 +47,9 @@ class Listener(Protocol):
 
     def at_cut(self, batches_done: int) -> None:
         """So many batches of the epoch are done."""
+
+    def while_passing_over(self) -> None:
+        """A batch was read that was trained before; this may go on for long."""
 
     def after_epoch_end(self, epoch: int) -> None:
         """An epoch has ended, validation included."""
@@ -287,7 +290,7 @@ class FitLoop:
         elif stream.batches == 0:
             return None
         self._used += stream.batches > 0
-        told_s = time.monotonic()
+        told_s, listener = time.monotonic(), self._listener()
         batch: Any = getattr(iterator, "element_spec", None)  # of tf.data; as good as a batch
         for read in range(self._to_read):
             try:
@@ -299,9 +302,11 @@ class FitLoop:
                     f"The data ends after {read} batches, and the backup was made after "
                     f"{stream.batches} batches of it. Use the data that the backup was made with."
                 ) from None
+            if listener is not None:
+                listener.while_passing_over()
             if time.monotonic() - told_s > _TOLD_EVERY_S:
                 told_s = time.monotonic()
-                _tell(f"Passing over {self._to_read} batches to where training goes on: {read + 1}")
+                tell(f"Passing over {self._to_read} batches to where training goes on: {read + 1}")
         return batch
 
     def _execute_or_end(
@@ -352,8 +357,9 @@ def _capture() -> dict[str, Any]:
     return rng.capture(keras=False).to_json()
 
 
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
+    """Says something to the user, where Keras's callbacks say it."""
     if keras.config.is_interactive_logging_enabled():
-        print(message, flush=True)  # noqa: T201  or a long wait looks like a hang
+        print(message, flush=True)  # noqa: T201
     else:
-        _logger.info("%s", message)
+        _logger.info("%s", message.lstrip())

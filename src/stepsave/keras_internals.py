@@ -259,6 +259,20 @@ def callback_attributes(callback: Any) -> tuple[str, ...]:
     return ()
 
 
+def reads_ahead() -> bool:
+    """Whether Keras reads batches of its own accord before they are trained.
+
+    A place that data tells then is not the place where training is.
+    """
+    if keras.backend.backend() == "jax":
+        import jax  # the backend
+
+        # `JAXEpochIterator._get_iterator`: one batch ahead, since 3.15 not on a CPU.
+        release = tuple(int(number) for number in keras.version().split(".")[:2])
+        return release < (3, 15) or jax.default_backend() != "cpu"
+    return keras.backend.backend() == "tensorflow"
+
+
 # Data adapters: keras/src/trainers/data_adapters. A source whose adapter looks otherwise than
 # expected is read from its start up to where training goes on.
 

@@ -1,12 +1,13 @@
 # ruff: noqa: ARG002, NPY002, T201  callbacks have Keras's signatures; the global generator is meant
 """A training with everything that must be put back, to be interrupted and compared.
 
-Run as a program it makes processes that are killed: see `serve`.
+`serve` makes processes that are killed.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from rows import SAMPLES, WIDTH, TorchRows, samples
 
 import stepsave
 
@@ -28,25 +30,14 @@ if BACKEND == "jax":
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-SAMPLES = 26
 BATCH = 4
 STEPS = 7  # the last batch has two samples
 EPOCHS = 4
 SEED = 11
-WIDTH = 5
 
 
 class StopError(RuntimeError):
     """What a training is interrupted by that is not killed."""
-
-
-def samples():
-    """Inputs whose first column numbers them, and targets."""
-    random = np.random.default_rng(3)
-    x = random.standard_normal((SAMPLES, WIDTH)).astype(np.float32)
-    x[:, 0] = np.arange(SAMPLES)
-    y = (x[:, 1:].sum(axis=1, keepdims=True) > 0).astype(np.float32)
-    return x, y
 
 
 @keras.saving.register_keras_serializable("stepsave_tests")
@@ -229,24 +220,24 @@ def tf_dataset(*, unknown=False, repeat=False):
     return dataset
 
 
-class TorchRows:
-    def __init__(self):
-        self.x, self.y = samples()
-        self.loaded = []
-
-    def __len__(self):
-        return SAMPLES
-
-    def __getitem__(self, index):
-        self.loaded.append(index)
-        return self.x[index], self.y[index]
-
-
 def torch_loader(cls=None, **kwargs):
     import torch
 
     cls = cls or torch.utils.data.DataLoader
     return cls(TorchRows(), batch_size=BATCH, shuffle=True, **kwargs)
+
+
+def loader_with_workers():
+    import torch
+
+    # An iterator that is collected with the exception that ended it has lost its queues before,
+    # and then waits so long for each of its workers: 5 s.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+    if BACKEND == "torch":
+        return torch_loader(num_workers=2)
+    # A process with JAX or TensorFlow in it does not always survive a fork.
+    multiprocessing.set_forkserver_preload(["rows", "torch.utils.data"])
+    return torch_loader(num_workers=2, multiprocessing_context="forkserver")
 
 
 def stateful_loader():
@@ -304,7 +295,7 @@ SOURCES = {
     "tf.data, repeated": lambda: {"x": tf_dataset(repeat=True), "steps_per_epoch": STEPS},
     "tf.data, length unknown": lambda: {"x": tf_dataset(unknown=True)},
     "torch DataLoader": lambda: {"x": torch_loader()},
-    "torch DataLoader with workers": lambda: {"x": torch_loader(num_workers=2)},
+    "torch DataLoader with workers": lambda: {"x": loader_with_workers()},
     "StatefulDataLoader": lambda: {"x": stateful_loader()},
     "grain MapDataset": lambda: {"x": grain_map()},
     "grain IterDataset": lambda: {"x": grain_map().to_iter_dataset()},
@@ -314,8 +305,8 @@ SOURCES = {
 
 
 if BACKEND != "torch":
-    # They fork, which processes with JAX or TensorFlow in them do not always survive.
-    del SOURCES["torch DataLoader with workers"], SOURCES["PyDataset with processes"]
+    # Keras forks them, which processes with JAX or TensorFlow in them do not always survive.
+    del SOURCES["PyDataset with processes"]
 
 
 class Result:
@@ -439,7 +430,3 @@ def serve():
                 os._exit(status)
         _, ended = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(ended), flush=True)
-
-
-if __name__ == "__main__":
-    serve()

@@ -24,6 +24,7 @@ from keras_support import (
     fit_interrupted,
     leave,
     restored,
+    several_steps_per_call,
     small_model,
     state_of,
     step_directories,
@@ -33,12 +34,6 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore
-
-several_steps_per_call = pytest.mark.skipif(
-    keras.backend.backend() == "torch",
-    reason="Keras <= 3.15 on torch raises for steps_per_execution > 1",
-)
-
 
 # The constructor.
 

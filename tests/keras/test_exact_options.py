@@ -20,12 +20,9 @@ from exact_support import (
     make_model,
     train,
 )
+from keras_support import several_steps_per_call
 
 import stepsave
-
-several_steps_per_call = pytest.mark.skipif(
-    BACKEND == "torch", reason="Keras <= 3.15 on torch raises for steps_per_execution > 1"
-)
 
 
 def interrupted(directory, *, save_freq=3, where="middle", source="arrays", **kwargs):

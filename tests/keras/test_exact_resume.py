@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 
-import exact_support
 import numpy as np
 import pytest
 from exact_support import (
@@ -61,7 +60,7 @@ def killed(tmp_path_factory):
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, exact_support.__file__],
+            [sys.executable, "-c", "import exact_support; exact_support.serve()"],
             env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

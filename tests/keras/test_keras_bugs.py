@@ -16,6 +16,7 @@ from keras_support import (
     fit_interrupted,
     leave,
     restored,
+    several_steps_per_call,
     small_model,
     step_model,
     step_numbers,
@@ -77,10 +78,7 @@ def test_a_fit_with_no_epoch_left_does_not_leave_its_initial_epoch_either(backup
     assert fit(model, epochs=3).epoch == [0, 1, 2]
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() == "torch",
-    reason="Keras <= 3.15 on torch raises for steps_per_execution > 1",
-)
+@several_steps_per_call
 @BOTH
 def test_batches_are_not_undercounted_with_several_steps_per_call(
     kind, has_bug, backup_dir, monkeypatch

@@ -9,6 +9,8 @@ import threading
 import keras
 import pytest
 from keras_support import (
+    BACKEND,
+    BATCH,
     STEPS,
     Child,
     InterruptionError,
@@ -83,6 +85,32 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(resume, backup_dir
     model = step_model()
     restored(model, backup_dir)
     assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == STEPS
+
+
+def test_a_signal_on_the_way_through_trained_batches_does_not_wait_for_its_end(backup_dir):
+    reads = []
+
+    def rows(preempt_at=None):
+        for batch in range(STEPS):
+            reads.append(batch)
+            if batch == preempt_at:
+                signal.raise_signal(signal.SIGTERM)
+            yield X[batch * BATCH :][:BATCH], Y[batch * BATCH :][:BATCH]
+
+    def train(data, *callbacks):
+        model = step_model()
+        model.fit(data, steps_per_epoch=STEPS, shuffle=False, verbose=0, callbacks=list(callbacks))
+        return step_numbers(model)
+
+    for data, others in [(rows(), [Kill(batch=4)]), (rows(preempt_at=3), [])]:
+        reads.clear()
+        callback = preemptible(backup_dir)
+        with pytest.raises(Preempted, match="step 5 is saved"):
+            train(data, *others, callback)
+        leave(callback)
+    # The last data was left where the signal came, but by `tf.data`, which reads as it likes.
+    assert BACKEND == "tensorflow" or reads == [0, 1, 2, 3]
+    assert train(rows(), preemptible(backup_dir)) == {STEPS}
 
 
 def test_nothing_is_saved_twice(backup_dir, saves):

@@ -14,7 +14,7 @@ from stepsave import keras_internals, rng
 from stepsave.errors import InvalidStateError
 from stepsave.keras_internals import EpochData
 from stepsave.packing import pack, unpack
-from stepsave.sources.source import Source, backend, reads_ahead
+from stepsave.sources.source import Source, backend
 
 __all__ = ("ArraySource", "LoaderSource", "PyDatasetSource")
 
@@ -175,7 +175,7 @@ class LoaderSource(Source):
     @property
     def _tells_its_place(self) -> bool:
         stateful = all(hasattr(self.object, name) for name in ("state_dict", "load_state_dict"))
-        return stateful and self._place_is_packable and not reads_ahead()
+        return stateful and self._place_is_packable and not keras_internals.reads_ahead()
 
     def state(self) -> Any:
         return pack([generator.get_state() for generator in self._generators()])

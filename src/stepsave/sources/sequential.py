@@ -14,7 +14,7 @@ import numpy as np
 from stepsave import keras_internals
 from stepsave.keras_internals import EpochData
 from stepsave.packing import pack, unpack
-from stepsave.sources.source import Source, backend, reads_ahead
+from stepsave.sources.source import Source, backend
 
 __all__ = ("GeneratorSource", "GrainSource", "TensorFlowSource")
 
@@ -57,7 +57,7 @@ class GrainSource(Source):
         self._iterator: Any = None
 
     def place(self, batches: int) -> Any:
-        if self._iterator is None or reads_ahead():
+        if self._iterator is None or keras_internals.reads_ahead():
             return None
         return pack(self._iterator.get_state(), where="get_state()")
 
@@ -65,7 +65,7 @@ class GrainSource(Source):
         return self._open(None, 0)
 
     def open_at(self, batches: int, place: Any) -> tuple[Any, int]:
-        if place is not None and not reads_ahead():
+        if place is not None and not keras_internals.reads_ahead():
             return self._open(unpack(place), batches), 0
         import grain  # the data is made of it
 
@@ -76,7 +76,7 @@ class GrainSource(Source):
         return self.data.get_iterator(), batches
 
     def _open(self, state: Any, batches: int) -> Any:
-        if reads_ahead():
+        if keras_internals.reads_ahead():
             return self.data.get_iterator()
         if backend() == "jax":
             return _Followed(self, self.data.get_iterator(), state, batches)

@@ -9,7 +9,7 @@ import keras
 from stepsave import keras_internals
 from stepsave.keras_internals import EpochData
 
-__all__ = ("Source", "backend", "reads_ahead")
+__all__ = ("Source", "backend")
 
 
 class Source:
@@ -77,12 +77,3 @@ class Source:
 def backend() -> str:
     """Name of Keras's backend."""
     return keras.backend.backend()
-
-
-def reads_ahead() -> bool:
-    """Whether Keras reads batches before they are trained."""
-    if backend() == "jax":
-        import jax  # the backend
-
-        return jax.default_backend() != "cpu"
-    return backend() == "tensorflow"
