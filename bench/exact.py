@@ -60,9 +60,9 @@ AFTER = """
 | `tf.data` | reading; iterators of earlier epochs are made again | |
 | torch `DataLoader` without workers | drawing the indices only | its generators' states |
 | torch `DataLoader` with workers | reading, as their generators move with what they load | |
-| `StatefulDataLoader` on JAX and PyTorch, on a CPU | its state | its state |
-| grain `MapDataset` on JAX and PyTorch | slicing | |
-| other grain data on JAX and PyTorch, on a CPU | its state | its state |
+| `StatefulDataLoader` on PyTorch, and on JAX with a CPU | its state | its state |
+| grain `MapDataset` | slicing | |
+| other grain data on JAX and PyTorch | its state | its state |
 | Python generators, and all else | reading | a checksum of the first batches |
 
 ## Data of which only the position comes back

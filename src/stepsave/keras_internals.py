@@ -8,6 +8,7 @@ Written for Keras 3.14 and 3.15.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -96,6 +97,7 @@ def build_metrics(model: Any, batch: Any) -> None:
         build(data_batch=batch)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class RunningFit:
     """The `fit` that is running: what it has in its hands while it calls callbacks.
 
@@ -105,12 +107,9 @@ class RunningFit:
         code: Code of that `fit`, by which its frame is known.
     """
 
-    __slots__ = ("callbacks", "code", "epoch_iterator")
-
-    def __init__(self, epoch_iterator: Any, callbacks: Any, code: Any) -> None:
-        self.epoch_iterator = epoch_iterator
-        self.callbacks = callbacks
-        self.code = code
+    epoch_iterator: Any
+    callbacks: Any
+    code: Any
 
 
 def find_fit(model: Any) -> RunningFit | None:
@@ -231,6 +230,11 @@ class EpochData:
         """What Keras makes a stream of."""
         return type(self._iterator)._get_iterator(self._iterator)
 
+    def remake(self) -> Any:
+        """The same on TensorFlow, of what the adapter has now; Keras makes it once."""
+        strategy = self._iterator._distribute_strategy
+        return strategy.experimental_distribute_dataset(self.adapter.get_tf_dataset())
+
     def count_as_seen(self, steps: int) -> None:
         """Adds to the steps that are counted against the length of the stream."""
         self._iterator._steps_seen += steps
@@ -260,10 +264,7 @@ def callback_attributes(callback: Any) -> tuple[str, ...]:
 
 
 def reads_ahead() -> bool:
-    """Whether Keras reads batches of its own accord before they are trained.
-
-    A place that data tells then is not the place where training is.
-    """
+    """Whether Keras reads more than is trained: the place of the data is not that of training."""
     if keras.backend.backend() == "jax":
         import jax  # the backend
 
@@ -279,11 +280,9 @@ def reads_ahead() -> bool:
 
 def source_of(adapter: Any) -> Any:
     """The object that was given to `fit`; None for arrays, and where the adapter hides it."""
-    for name in ("py_dataset", "_dataloader", "_dataset", "generator"):
-        source = getattr(adapter, name, None)
-        if source is not None:
-            return source
-    return None
+    names = ("py_dataset", "_dataloader", "_dataset", "generator")
+    sources = (getattr(adapter, name, None) for name in names)
+    return next((source for source in sources if source is not None), None)
 
 
 @contextlib.contextmanager
@@ -295,6 +294,16 @@ def swap_source(adapter: Any, source: Any) -> Generator[None, None, None]:
         yield
     finally:
         adapter._dataset = before
+
+
+def wrap_next(adapter: Any, wrap: Callable[[Any], Any]) -> None:
+    """Has Keras on JAX read its next stream from what `wrap` makes of the adapter's iterable."""
+
+    def get_jax_iterator() -> Any:
+        del adapter.get_jax_iterator
+        return wrap(adapter.get_jax_iterator())
+
+    adapter.get_jax_iterator = get_jax_iterator
 
 
 def array_is_shuffled(adapter: Any) -> bool:

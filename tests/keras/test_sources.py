@@ -26,6 +26,7 @@ from exact_support import (
     torch_loader,
     train,
 )
+from keras_support import Child
 
 import stepsave
 from stepsave.keras_internals import reads_ahead
@@ -80,6 +81,60 @@ def test_batches_of_a_py_dataset_are_passed_over_without_loading_them(monkeypatc
 def test_batches_of_a_torch_loader_are_passed_over_without_loading_them(monkeypatch, tmp_path):
     before_first, _ = loads_of(monkeypatch, TorchRows, tmp_path, "torch DataLoader")
     assert before_first <= (3 + reads_ahead()) * BATCH
+
+
+SEEK = ["grain MapDataset"]
+if BACKEND != "tensorflow":
+    SEEK += ["grain IterDataset", "grain DataLoader"]
+if not reads_ahead():
+    SEEK += ["StatefulDataLoader"]
+
+
+@pytest.mark.parametrize("source", SEEK)
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_data_that_can_seek_is_not_read_to_be_passed_over(source, tmp_path):
+    to_read = []
+
+    class Begin(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            to_read.append((batch, again._loop._to_read))
+
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        train(source, backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    again = stepsave.BackupAndRestore(tmp_path, 3)
+    train(source, again, more=[Begin()])
+    assert to_read[0] == (5, 0)
+
+
+_TWO_DEVICES = """
+import sys
+from pathlib import Path
+from exact_support import *
+
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+sources = ("arrays", "torch DataLoader", "grain MapDataset", "grain DataLoader")
+for number, source in enumerate(sources):
+    expected = train(source)
+    directory = Path(sys.argv[1]) / str(number)
+    backup = stepsave.BackupAndRestore(directory, 3)
+    try:
+        train(source, backup, Interrupt("middle", "exception", backup))
+        raise AssertionError("it was not interrupted")
+    except StopError:
+        backup._saver.close()
+    found = train(source, stepsave.BackupAndRestore(directory, 3))
+    assert not found.differences(expected), (source, found.differences(expected)[:3])
+print("all equal")
+"""
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes over devices with JAX here")
+def test_data_that_is_distributed_over_devices_is_gone_on_with_exactly(tmp_path):
+    flags = "--xla_force_host_platform_device_count=2"
+    out, _ = Child(_TWO_DEVICES, tmp_path, XLA_FLAGS=flags).wait()
+    assert "all equal" in out
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere a framework slices")

@@ -20,6 +20,8 @@ __all__ = ("GeneratorSource", "GrainSource", "TensorFlowSource")
 
 _logger = logging.getLogger("stepsave")
 
+_PLACES = 64  # Keras reads one batch ahead
+
 
 class TensorFlowSource(Source):
     """`tf.data.Dataset`: what shuffles it goes on with each iterator that is made."""
@@ -54,38 +56,45 @@ class GrainSource(Source):
 
     def __init__(self, data: EpochData) -> None:
         super().__init__(data)
-        self._iterator: Any = None
+        self._reading: _Reading | None = None
 
     def place(self, batches: int) -> Any:
-        if self._iterator is None or keras_internals.reads_ahead():
-            return None
-        return pack(self._iterator.get_state(), where="get_state()")
+        return None if self._reading is None else self._reading.place(batches)
 
     def open(self) -> Any:
         return self._open(None, 0)
 
     def open_at(self, batches: int, place: Any) -> tuple[Any, int]:
-        if place is not None and not keras_internals.reads_ahead():
+        if place is not None and backend() != "tensorflow":
             return self._open(unpack(place), batches), 0
         import grain  # the data is made of it
 
-        if isinstance(self.object, grain.MapDataset) and backend() != "tensorflow":
-            rest = cast("Any", self.object)[batches:]
-            with keras_internals.swap_source(self.adapter, rest):
-                return self.data.get_iterator(), 0
-        return self.data.get_iterator(), batches
+        if not isinstance(self.object, grain.MapDataset):
+            return self._open(None, 0), batches
+        self._reading = None  # its states would be those of the slice
+        if backend() == "jax":
+            keras_internals.wrap_next(self.adapter, lambda iterable: iterable[batches:])
+            return self.data.get_iterator(), 0
+        rest = cast("Any", self.object)[batches:]
+        with keras_internals.swap_source(self.adapter, rest):
+            tensorflow = backend() == "tensorflow"
+            return self.data.remake() if tensorflow else self.data.get_iterator(), 0
 
     def _open(self, state: Any, batches: int) -> Any:
-        if keras_internals.reads_ahead():
-            return self.data.get_iterator()
-        if backend() == "jax":
-            return _Followed(self, self.data.get_iterator(), state, batches)
-        followed = _Followed(self, self.object, state, batches)
-        with keras_internals.swap_source(self.adapter, followed):
-            return self.data.get_iterator()
+        def follow(iterable: Any) -> _Followed:
+            return _Followed(self, iterable, state, batches)
 
-    def follow(self, iterator: Any) -> None:
-        self._iterator = iterator
+        if backend() == "jax":
+            keras_internals.wrap_next(self.adapter, follow)
+        elif backend() == "torch":
+            with keras_internals.swap_source(self.adapter, follow(self.object)):
+                return self.data.get_iterator()
+        return self.data.get_iterator()
+
+    def read_by(self, iterator: Any, batches: int) -> _Reading:
+        """Notes the iterator of the stream, which begins after so many batches."""
+        self._reading = _Reading(iterator, batches)
+        return self._reading
 
 
 class _Followed:
@@ -101,8 +110,7 @@ class _Followed:
         iterator = iter(self._iterable)
         if self._state is not None:
             iterator = self._set_state(iterator)
-        self._source.follow(iterator)
-        return iterator
+        return self._source.read_by(iterator, self._batches)
 
     def _set_state(self, iterator: Any) -> Any:
         try:
@@ -113,6 +121,35 @@ class _Followed:
             for _ in range(self._batches):
                 next(iterator)
         return iterator
+
+
+class _Reading(Iterator[Any]):
+    """A grain iterator that is read, and where it was after each batch.
+
+    Keras may have read more than is trained, so the present place is not always what is asked
+    for. Then places are noted with each batch, the last of them.
+    """
+
+    def __init__(self, iterator: Any, batches: int) -> None:
+        self._iterator = iterator
+        self._read = batches
+        self._places: dict[int, Any] = {}
+        self._reads_ahead = keras_internals.reads_ahead()
+
+    def __next__(self) -> Any:
+        batch = next(self._iterator)
+        self._read += 1
+        if self._reads_ahead:
+            self._places[self._read] = self._state()
+            self._places.pop(self._read - _PLACES, None)
+        return batch
+
+    def place(self, batches: int) -> Any:
+        """Its state after so many batches, for `set_state`; None if that is not known."""
+        return self._places.get(batches) if self._reads_ahead else self._state()
+
+    def _state(self) -> Any:
+        return pack(self._iterator.get_state(), where="get_state()")
 
 
 class GeneratorSource(Source):
