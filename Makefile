@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
 
-# The engine's tests run once; those of the callback once per backend, in processes of its own.
+# The engine's tests run once; those of the callback once per backend, in processes of their own.
 test: test-engine test-keras test-oldest-keras test-docs
 
 test-engine: $(VENV)/.test
