@@ -17,13 +17,13 @@ demo: $(VENV)/.demo
 test: test-engine test-keras test-oldest-keras test-docs
 
 test-engine: $(VENV)/.test
-	$(PYTEST) tests/engine -n 2 --dist loadfile
+	$(PYTEST) tests/format tests/store tests/snapshot tests/engine tests/test_*.py -n 2 --dist loadfile
 
 test-keras: $(VENV)/.test
 	@set -e; for backend in $(BACKENDS); do \
 	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras --ignore-glob="*/test_exact_*" -n 2; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/keras/test_exact_*.py -n 2; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/fit --ignore-glob="*/test_exact_*" -n 2; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/fit/test_exact_*.py -n 2; \
 	done
 
 # Exact resume depends on how Keras works inside, so also with the oldest Keras that is admitted.
@@ -33,8 +33,8 @@ test-oldest-keras: $(VENV)/.oldest-keras
 	@set -e; for backend in $(BACKENDS); do \
 	  echo "== KERAS_BACKEND=$$backend with $(OLDEST_KERAS)"; \
 	  PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras KERAS_BACKEND=$$backend $(PYTEST) -n 2 \
-	    tests/keras/test_exact_resume.py tests/keras/test_keras_internals.py \
-	    tests/keras/test_preemption.py tests/keras/test_sources.py $(OLDEST); \
+	    tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
+	    tests/fit/test_preemption.py tests/fit/test_sources.py $(OLDEST); \
 	done
 
 test-docs: $(VENV)/.test

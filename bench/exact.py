@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 JSON = DOCS / "exact-resume.json"
 TABLE = DOCS / "exact-resume.md"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
-TESTS = ("tests/keras/test_exact_resume.py", "tests/keras/test_sources.py")
+TESTS = ("tests/fit/test_exact_resume.py", "tests/fit/test_sources.py")
 PLACES = {"middle": "within an epoch", "epoch end": "between epochs", "validation": "in validation"}
 ENDS = ("exception", "SIGTERM", "SIGKILL")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stepsave.checksum import crc32c
+from stepsave.format.checksum import crc32c
 
 PAGE_BYTES = 4096
 CACHED_BYTES = 512 << 10

@@ -55,7 +55,7 @@ class Stepsave:
 
     def snapshot_s(self, state: State, repeats: int) -> list[float]:
         """Seconds until all of a snapshot is in the arena; nothing is written."""
-        from stepsave.tree import flatten
+        from stepsave.format.tree import flatten
 
         paths, leaves = flatten(state)
         capture = self._saver._capture

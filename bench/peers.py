@@ -18,8 +18,8 @@ import keras
 import numpy as np
 
 import stepsave
-from stepsave.tree import flatten, unflatten
-from stepsave.variables import COLLECTIONS, ModelVariables
+from stepsave.fit.variables import COLLECTIONS, ModelVariables
+from stepsave.format.tree import flatten, unflatten
 
 State = dict[tuple[str, ...], np.ndarray]
 

@@ -38,8 +38,8 @@ class Files:
     def __init__(self, where: Path, size_bytes: int, array_bytes: int) -> None:
         import keras
 
-        from stepsave.tree import unflatten
-        from stepsave.variables import ModelVariables
+        from stepsave.fit.variables import ModelVariables
+        from stepsave.format.tree import unflatten
 
         width = round((array_bytes / 4) ** 0.5)
         layers = max(1, round(size_bytes / (4 * width * width)))
@@ -135,7 +135,7 @@ class Rounds:
             times.clear()
 
     def _read_stepsave(self) -> None:
-        from stepsave.variables import restore_variables
+        from stepsave.fit.variables import restore_variables
 
         begin_s = time.perf_counter()
         saver = stepsave.Checkpointer(self._files.backup)

@@ -17,7 +17,7 @@ import numpy as np
 import stepsave
 from bench.probe import device_sync
 from bench.resume_data import BATCH, SEED, SOURCES, VALUES, Images
-from stepsave.keras_internals import EpochData, find_fit
+from stepsave.fit.keras_internals import EpochData, find_fit
 
 NEVER = 1_000_000_000
 IDLE_SHARE = 0.2  # of one core, over `IDLE_S`

@@ -123,7 +123,7 @@ class Floor:
         self._templates = {name: (array.dtype, array.shape) for name, array in state.items()}
 
     def save(self, step: int, state: State) -> None:
-        from stepsave.checksum import crc32c
+        from stepsave.format.checksum import crc32c
 
         del step  # one file, whatever the step
         begin = 0

@@ -12,13 +12,13 @@ import pytest
 
 import stepsave
 from bench import floors
-from stepsave.arena import ArenaPool
-from stepsave.checksum import crc32c
-from stepsave.commit import Blueprint
-from stepsave.layout import compile_layout, decode_layout, encode_layout
-from stepsave.spec import LeafSpec
-from stepsave.store.kvstore import ShardArray
+from stepsave.format.blueprint import Blueprint
+from stepsave.format.checksum import crc32c
+from stepsave.format.layout import compile_layout, decode_layout, encode_layout
+from stepsave.format.records import LeafSpec
+from stepsave.snapshot.arena import ArenaPool
 from stepsave.store.local import LocalStore
+from stepsave.store.shard_array import ShardArray
 
 STATE_BYTES = 100_000_000
 ARRAYS = 25

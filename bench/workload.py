@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from bench.probe import Probe, device_sync
-from stepsave.variables import ModelVariables
+from stepsave.fit.variables import ModelVariables
 
 LAYERS = 25  # trainable; each has a weight and two Adam slots
 FROZEN_PER_LAYER = 100

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stepsave import rng
-from stepsave.checkpointer import Checkpointer
+from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.saves import SaveHandle
 from stepsave.errors import (
     ArenaMemoryError,
     BackupDirectoryError,
@@ -20,12 +21,11 @@ from stepsave.errors import (
     StepsaveError,
     UnreproducibleDataWarning,
 )
-from stepsave.handle import SaveHandle
-from stepsave.resume import TrainingPosition
-from stepsave.spec import Backup, SaveStats
+from stepsave.format.records import Backup, SaveStats
+from stepsave.position import TrainingPosition
 
 if TYPE_CHECKING:
-    from stepsave.callback import BackupAndRestore
+    from stepsave.fit.callback import BackupAndRestore
 
 __all__ = (
     "ArenaMemoryError",
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
     # The callback needs Keras, which takes seconds to import and picks a backend; the
     # engine needs neither.
     if name == "BackupAndRestore":
-        from stepsave.callback import BackupAndRestore
+        from stepsave.fit.callback import BackupAndRestore
 
         return BackupAndRestore
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

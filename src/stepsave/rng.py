@@ -9,14 +9,31 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from stepsave.errors import CorruptBackupError
-from stepsave.packing import pack, unpack
+from stepsave.format.packing import pack, unpack
 
-__all__ = ("RngState", "capture", "restore")
+__all__ = ("RngState", "capture", "hand_in_keras", "restore")
+
+
+_keras: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
+
+
+def hand_in_keras(get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+    """Has Keras's global seed generator captured and restored with the others from now on.
+
+    Where Keras keeps it only `stepsave.fit` knows, which calls this when it is imported.
+
+    Args:
+        get: Returns its state on the host; None if it was not used yet.
+        put: Makes it go on from a state.
+    """
+    global _keras  # noqa: PLW0603  there is one global generator
+    _keras = get, put
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +47,8 @@ class RngState:
         torch_cuda: Of torch's generator on each CUDA device, if CUDA is in use.
         tensorflow: Of the generator that seeds TensorFlow's eager random operations.
         tensorflow_generator: Of `tf.random.get_global_generator()`, if it exists.
-        keras: Of Keras's global seed generator, if it exists and was asked for.
+        keras: Of Keras's global seed generator, if it exists, was asked for, and `stepsave.fit`
+            is imported, which knows where Keras keeps it.
     """
 
     python: Any
@@ -74,7 +92,7 @@ def capture(*, keras: bool = True) -> RngState:
         torch_cuda=cuda,
         tensorflow=tensorflow,
         tensorflow_generator=generator,
-        keras=_keras_seed() if keras else None,
+        keras=None if _keras is None or not keras else _keras[0](),
     )
 
 
@@ -94,25 +112,14 @@ def restore(state: RngState) -> None:
         _restore_tensorflow(state)
     except (TypeError, ValueError, RuntimeError, KeyError) as e:
         raise CorruptBackupError(f"A random generator refuses its saved state: {e}.") from e
-    if state.keras is not None and "keras" in sys.modules:
-        from stepsave import keras_internals
-
-        keras_internals.set_global_seed(state.keras)
+    if state.keras is not None and _keras is not None:
+        _keras[1](state.keras)
 
 
 def tensorflow_is_seeded() -> bool:
     """Whether TensorFlow's global seed is set; true where it cannot be told."""
     context = _tensorflow_context()
     return getattr(context, "_seed", True) is not None
-
-
-def _keras_seed() -> Any:
-    if "keras" not in sys.modules:
-        return None
-    from stepsave import keras_internals  # needs Keras, which the engine does without
-
-    seed = keras_internals.global_seed()
-    return None if seed is None else np.array(keras_internals.to_numpy(seed))
 
 
 def _capture_torch() -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from engine_help import (
+from engine_support import (
     assert_is_state_of,
     assert_same_bits,
     random_array,
@@ -18,7 +18,7 @@ from engine_help import (
 )
 
 import stepsave
-from stepsave import arena
+from stepsave.snapshot import arena
 from stepsave.store.local import LocalStore
 
 
@@ -113,8 +113,8 @@ def test_a_changed_structure_is_compiled_anew_and_restored_right(tmp_path, caplo
 
 
 def restored_by_another_reader(directory):
-    from stepsave.commit import decode_marker
-    from stepsave.reader import read_backup
+    from stepsave.engine.commit import decode_marker
+    from stepsave.engine.reader import read_backup
 
     record = decode_marker((directory / "COMMIT").read_bytes(), "COMMIT")
     return read_backup(LocalStore(directory), record).state
@@ -295,8 +295,8 @@ def test_a_copy_that_is_interrupted_costs_no_arena_and_saves_nothing(tmp_path, m
                 def interrupt(*_):
                     raise KeyboardInterrupt
 
-                patch.setattr("stepsave.filling._Pack.fill", interrupt)
-                patch.setattr("stepsave.filling._Slab.fill", interrupt)
+                patch.setattr("stepsave.snapshot.filling._Pack.fill", interrupt)
+                patch.setattr("stepsave.snapshot.filling._Slab.fill", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     saver.save(2, state_of(2))
         assert saver.in_flight == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crc32c import crc32c
-from engine_help import (
+from engine_support import (
     assert_is_state_of,
     flip_bit,
     read_marker,
@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepsave
-from stepsave import checkpointer
-from stepsave.commit import COMMIT, PREVIOUS, SPARE, decode_marker, encode_marker
+from stepsave.engine import checkpointer
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker, encode_marker
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
-from stepsave.spec import BackupRecord, FileRecord
+from stepsave.format.records import BackupRecord, FileRecord
 from stepsave.store.local import LocalStore
 
 sizes = st.integers(0, 2**63 - 1)

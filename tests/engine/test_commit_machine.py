@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_help import assert_same_bits, flip_bit, read_marker
+from engine_support import assert_same_bits, flip_bit, read_marker
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import stepsave
-from stepsave import checkpointer, layout
-from stepsave.commit import COMMIT, PREVIOUS, SPARE, decode_marker
-from stepsave.reader import read_backup
+from stepsave.engine import checkpointer
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker
+from stepsave.engine.reader import read_backup
+from stepsave.format import layout
 from stepsave.store.local import LocalStore
 
 CHANGES = (

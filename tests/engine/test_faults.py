@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_help import (
+from engine_support import (
     SMALL_SHARDS,
     assert_is_state_of,
     check_python,
@@ -25,7 +25,7 @@ HEAD = (
     + """
 import os, sys, time
 import numpy as np, stepsave
-from engine_help import assert_is_state_of, restore_once, state_of
+from engine_support import assert_is_state_of, restore_once, state_of
 directory = sys.argv[1]
 """
 )
@@ -103,7 +103,7 @@ def test_a_limit_on_the_size_of_files_fails_the_save_and_keeps_the_old_backup(tm
         """
 import resource, sys
 import numpy as np, stepsave
-from engine_help import assert_is_state_of, restore_once, state_of
+from engine_support import assert_is_state_of, restore_once, state_of
 directory, writer = sys.argv[1:]
 with stepsave.Checkpointer(directory, writer=writer) as saver:
     saver.save(1, state_of(1)).wait()
@@ -210,7 +210,7 @@ sys.stdin.read()
 
 
 def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-c", SAVE_ON, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -262,11 +262,11 @@ def test_a_save_in_flight_is_finished_when_the_interpreter_exits(tmp_path, endin
     done = run_python(
         HEAD
         + f"""
-real = stepsave.checkpointer.LocalStore.write
+real = stepsave.engine.checkpointer.LocalStore.write
 def write(self, path, data):
     time.sleep(0.05)  # so that the save is still in flight at the end
     real(self, path, data)
-stepsave.checkpointer.LocalStore.write = write
+stepsave.engine.checkpointer.LocalStore.write = write
 saver = stepsave.Checkpointer(directory, writer={writer!r})
 saver.save(1, state_of(1))
 saver.save(2, state_of(2))

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import golden_state
 import pytest
-from engine_help import assert_same_bits
+from engine_support import assert_same_bits
 
 import stepsave
-from stepsave.commit import Blueprint
-from stepsave.layout import compile_layout
-from stepsave.snapshot import dtype_name
-from stepsave.spec import FORMAT_VERSION, LeafSpec
-from stepsave.tree import flatten
+from stepsave.format.blueprint import Blueprint
+from stepsave.format.layout import compile_layout
+from stepsave.format.records import FORMAT_VERSION, LeafSpec
+from stepsave.format.tree import flatten
+from stepsave.snapshot.arrays import dtype_name
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crc32c import crc32c
-from engine_help import (
+from engine_support import (
     assert_same_bits,
     change_json,
     flip_bit,
@@ -23,8 +23,7 @@ from engine_help import (
 )
 
 import stepsave
-from stepsave import spec
-from stepsave.commit import decode_marker
+from stepsave.engine.commit import decode_marker
 from stepsave.errors import CorruptBackupError, FormatVersionError
 
 STATE = {
@@ -328,7 +327,7 @@ def test_when_both_backups_are_spoiled_both_are_named_and_kept(tmp_path):
 
 def test_nothing_in_the_source_could_execute_a_backup():
     modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
-    files = list(Path(spec.__file__).parent.rglob("*.py"))
+    files = list(Path(stepsave.__file__).parent.rglob("*.py"))
     assert len(files) > 10
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_help import SMALL_SHARDS, assert_is_state_of
+from engine_support import SMALL_SHARDS, assert_is_state_of
 
 import stepsave
 
@@ -24,7 +24,7 @@ NURSERY = (
     + """
 import os, random, sys
 import numpy as np, stepsave
-from engine_help import state_of
+from engine_support import state_of
 
 def tell(text):
     os.write(1, text.encode() + b"\\n")  # one write: the parent never sees half a line
@@ -80,7 +80,7 @@ def test_a_process_killed_at_any_moment_leaves_its_last_durable_step(tmp_path, w
     rng = random.Random(seed)
     directory = tmp_path / "backup"
     command = [sys.executable, "-W", "error", "-c", NURSERY]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     durable = restored = 0
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

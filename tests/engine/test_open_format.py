@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
-from engine_help import (
+from engine_support import (
     assert_same_bits,
     flip_bit,
     random_array,
@@ -19,8 +19,8 @@ from engine_help import (
 from orbax.checkpoint import v1
 
 import stepsave
-from stepsave.layout import decode_layout
-from stepsave.spec import DTYPES
+from stepsave.format.layout import decode_layout
+from stepsave.format.records import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 

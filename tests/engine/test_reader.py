@@ -2,10 +2,10 @@ import os
 
 import numpy as np
 import pytest
-from engine_help import assert_same_bits, random_array, restore_once, save_once
+from engine_support import assert_same_bits, random_array, restore_once, save_once
 
 import stepsave
-from stepsave.spec import DTYPES
+from stepsave.format.records import DTYPES
 
 WRITERS = ["auto", "tensorstore"]
 

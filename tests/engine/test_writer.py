@@ -3,10 +3,10 @@ import threading
 
 import numpy as np
 import pytest
-from engine_help import assert_is_state_of, restore_once, state_of
+from engine_support import assert_is_state_of, restore_once, state_of
 
 import stepsave
-from stepsave import writer as writer_module
+from stepsave.engine import writer as writer_module
 from stepsave.store.local import LocalStore
 
 

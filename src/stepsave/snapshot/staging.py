@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from stepsave.errors import InvalidStateError
-from stepsave.snapshot import ArrayForm, HostArray, backend_of, backends_of
-from stepsave.spec import LayoutPlan
+from stepsave.format.records import LayoutPlan
+from stepsave.snapshot.arrays import ArrayForm, HostArray, backend_of, backends_of
 
 __all__ = ("SnapshotMode", "Source", "Stager", "choose_stager")
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from stepsave.errors import InvalidStateError
-from stepsave.spec import DTYPES
+from stepsave.format.records import DTYPES
 
 __all__ = ("describe", "has_room", "is_on_accelerator", "make_stage", "view_on_host")
 

@@ -1,7 +1,7 @@
 """A directory on a local file system, with each step made durable on purpose.
 
 Every `fsync` here names the crash that it prevents. The order in which they are called
-belongs to `stepsave.commit`; this module only makes single operations trustworthy.
+belongs to `stepsave.engine.commit`; this module only makes single operations trustworthy.
 """
 
 from __future__ import annotations

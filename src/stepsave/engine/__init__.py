@@ -1,0 +1,1 @@
+"""A save from snapshot to commit, and back; for any training loop."""

@@ -1,0 +1,62 @@
+"""What callers pass to a checkpointer, checked before anything else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepsave.errors import BackupDirectoryError, InvalidStateError
+from stepsave.format.records import FORMAT_VERSION
+
+__all__ = ("check_choice", "check_directory", "check_threads", "encode_training")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises `ValueError` unless a value is one of the choices."""
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(
+            f"Invalid value for argument `{name}`. Received: {name}={value!r}. Expected {expected}."
+        )
+
+
+def check_threads(count: object) -> int:
+    """Returns a number of threads, or raises `ValueError`."""
+    if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
+        return count
+    raise ValueError(
+        f"Invalid value for argument `writer_threads`. Received: writer_threads={count!r}. "
+        "Expected a positive integer or None."
+    )
+
+
+def check_directory(directory: str | os.PathLike[str]) -> str:
+    """Returns the path of a local directory, or raises `ValueError` or `BackupDirectoryError`."""
+    if not directory:
+        raise ValueError("Empty `directory` argument passed")
+    path = os.fspath(directory)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", path):  # `Path` makes one slash of two
+        raise BackupDirectoryError(
+            f"{path}: expected a directory of a local file system; remote stores are not "
+            "supported yet."
+        )
+    return path
+
+
+def encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:
+    """Returns the contents of `training.json`.
+
+    Raises:
+        InvalidStateError: If JSON cannot hold the metadata.
+    """
+    try:
+        document = {"format": FORMAT_VERSION, "step": step, "metadata": dict(metadata or {})}
+        return json.dumps(document, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InvalidStateError(
+            f"Invalid value for argument `metadata`. Expected what JSON can hold (strings, "
+            f"finite numbers, booleans, None, lists, dicts), found: {e}."
+        ) from e

@@ -1,0 +1,379 @@
+"""The engine for any training loop: save, wait, restore, close."""
+
+from __future__ import annotations
+
+import operator
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from stepsave.engine.arguments import (
+    check_choice,
+    check_directory,
+    check_threads,
+    encode_training,
+)
+from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.reader import restore_newest
+from stepsave.engine.saves import SaveHandle, SaveLog
+from stepsave.engine.writer import DEFAULT_LANES, BackgroundWriter
+from stepsave.errors import (
+    BackupDirectoryError,
+    CheckpointerClosedError,
+    DirectoryBusyError,
+    StepsaveError,
+)
+from stepsave.format.records import Backup, BackupRecord, SaveStats
+from stepsave.format.tree import flatten
+from stepsave.snapshot.capture import Capture
+from stepsave.snapshot.staging import SnapshotMode
+from stepsave.store.local import LocalStore
+from stepsave.store.lock import DirectoryLock
+
+__all__ = ("Checkpointer", "WhenBusy", "WriterKind")
+
+WhenBusy = Literal["wait", "skip"]
+WriterKind = Literal["auto", "direct", "tensorstore"]
+
+
+class Checkpointer:
+    """Saves the state of a training in the background and restores the last durable one.
+
+    A directory belongs to one checkpointer at a time. Methods are called from one thread.
+
+    Example:
+        ```python
+        with stepsave.Checkpointer("backup") as saver:
+            backup = saver.restore()
+            step = backup.step if backup else 0
+            ...
+            saver.save(step, {"weights": weights}, {"epoch": epoch})
+        ```
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        double_checkpoint: bool = False,
+        when_busy: WhenBusy = "wait",
+        writer: WriterKind = "auto",
+        writer_threads: int | None = None,
+        snapshot: SnapshotMode = "auto",
+    ) -> None:
+        """Opens a directory, making it if needed, and locks it against other processes.
+
+        Args:
+            directory: Where the backup lives. Its own: nothing else may be in it.
+            double_checkpoint: Whether to keep the backup before the newest valid too, to
+                fall back to if the newest cannot be read. Takes its size on disk once more.
+            when_busy: What `save` does while both host buffers are still in use: `"wait"`
+                for one, or `"skip"` this save and count it.
+            writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file
+                system; `"auto"` takes the first where the file system supports it.
+            writer_threads: Background threads that write; None for a number that keeps a
+                local disk busy.
+            snapshot: `"device"` copies the state within device memory and brings it to the
+                host while training goes on; `"host"` brings it to the host first; `"auto"`
+                takes the first on accelerators with that much memory to spare, as measured
+                at the first save.
+
+        Raises:
+            ValueError: If an argument is invalid.
+            BackupDirectoryError: If the directory cannot be used, or holds something else.
+            DirectoryBusyError: If it is in use.
+        """
+        self._lock: DirectoryLock | None = None  # for __del__, should anything below raise
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("writer", writer, ("auto", "direct", "tensorstore"))
+        check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        lanes = DEFAULT_LANES if writer_threads is None else check_threads(writer_threads)
+        self._when_busy = when_busy
+        store = LocalStore(check_directory(directory))
+        store.create()
+        # Before the lock file is made: a directory that is refused must stay as it was.
+        self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
+        lock = DirectoryLock(store.root)
+        try:
+            self._protocol.read_markers()  # as they are now that nobody else can change them
+            direct = _choose_direct(store, writer)
+            self._writer = BackgroundWriter(store, self._protocol, direct=direct, lanes=lanes)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        self._store = store
+        self._writer_name = "direct" if direct else "tensorstore"
+        self._log = SaveLog()
+        self._capture = Capture(drain=self._log.drain, mode=snapshot)
+        self._last_step = self._protocol.committed.step if self._protocol.committed else -1
+
+    @property
+    def directory(self) -> str:
+        """The backup directory, absolute."""
+        return str(self._store.root)
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest valid backup; waits for saves in flight."""
+        self.drain()
+        return self._protocol.committed
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The backup before it, if `double_checkpoint` keeps one; waits likewise."""
+        self.drain()
+        return self._protocol.previous
+
+    @property
+    def closed(self) -> bool:
+        return self._lock is None
+
+    def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
+        """Sets constant texts to store with every backup from now on.
+
+        Args:
+            items: Orbax checkpointables beside the state, each a dict of strings. Keras's
+                `load_model` looks for `{"model_config": {"config": …}}`.
+        """
+        self._capture.attach(items)
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Does ahead what the first save would have to do: layout, buffers, their pages.
+
+        Args:
+            state: A state like those that will be saved; its values do not matter.
+
+        Raises:
+            InvalidStateError: If it cannot be saved.
+            ArenaMemoryError: If there is no memory for a host copy of it.
+        """
+        self._check_usable()
+        paths, leaves = flatten(state)
+        self.prepare_leaves(paths, leaves)
+
+    def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
+        """`prepare`, for a state that is flat already."""
+        self._capture.prepare(paths, leaves)
+
+    def save(
+        self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> SaveHandle:
+        """Copies the state and returns; background threads make it durable.
+
+        Args:
+            step: Number of the step, greater than that of any save before.
+            state: Nested dict of NumPy, JAX, torch or TensorFlow arrays, or numbers. On
+                return it may be changed or donated.
+            metadata: Anything that JSON can hold; comes back with the backup.
+
+        Returns:
+            A handle that tells how the save goes on.
+
+        Raises:
+            ValueError: If the step is not greater than those saved before.
+            InvalidStateError: If the state or the metadata cannot be saved.
+            SaveFailedError: If an *earlier* save failed and nobody was told yet. This save
+                is then not begun; call again to go on.
+            CheckpointerClosedError: After `close`.
+        """
+        began_s = time.perf_counter()
+        self._check_usable()
+        paths, leaves = flatten(state)
+        return self.save_leaves(step, paths, leaves, metadata, began_s=began_s)
+
+    def save_leaves(
+        self,
+        step: int,
+        paths: Sequence[tuple[str, ...]],
+        leaves: Sequence[Any],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        began_s: float | None = None,
+    ) -> SaveHandle:
+        """`save`, for a state that is flat already.
+
+        Args:
+            step: As in `save`.
+            paths: Where each leaf belongs. Passing the same object again saves the
+                comparison.
+            leaves: The arrays.
+            metadata: As in `save`.
+            began_s: When the caller began, by `time.perf_counter`.
+        """
+        began_s = time.perf_counter() if began_s is None else began_s
+        self._check_usable()
+        self.raise_failed()
+        step = self._check_step(step)
+        training = encode_training(step, metadata)
+        snapshot = self._capture.begin(paths, leaves, block=self._when_busy == "wait")
+        if snapshot is None:
+            handle = SaveHandle(step, 0, skipped=True)
+        else:
+            handle = SaveHandle(step, snapshot.blueprint.plan.state_bytes)
+            # First, so that nothing else wants memory or cores while training waits for it. Of
+            # a state that is staged most is still on its way then, and written as it arrives.
+            try:
+                snapshot.complete()
+            except BaseException:
+                snapshot.release()
+                raise
+            self._writer.start(snapshot, handle, training, began_s)
+            self._last_step = step
+        handle.stall_s = time.perf_counter() - began_s
+        self._log.add(handle)
+        return handle
+
+    def restore(self) -> Backup | None:
+        """Reads the newest valid backup, verified; waits for saves in flight first.
+
+        If it cannot be read and the one before it is kept, that is returned, with a
+        warning that names what is lost.
+
+        Returns:
+            The backup, or None if there is none.
+
+        Raises:
+            CorruptBackupError: If there is one, but it cannot be read.
+        """
+        self._check_usable()
+        self.drain()
+        backup = restore_newest(self._store, self._protocol)
+        self._last_step = -1 if backup is None else backup.step
+        return backup
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Returns when every save so far is durable.
+
+        Raises:
+            SaveFailedError: If one failed and nobody was told yet.
+            TimeoutError: If they have not ended within `timeout_s` seconds altogether.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        for handle in self._log.in_flight:
+            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            if not handle.wait_ended(left_s):
+                raise TimeoutError(
+                    f"The save of step {handle.step} has not ended after {timeout_s} s."
+                )
+        self.raise_failed()
+
+    def drain(self) -> None:
+        """Returns when no save is in flight; failures stay to be raised."""
+        self._log.drain()
+
+    def raise_failed(self) -> None:
+        """Raises `SaveFailedError` if a save failed and nobody was told yet."""
+        self._log.raise_failed()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of saves that have not ended."""
+        return len(self._log.in_flight)
+
+    def stats(self) -> SaveStats:
+        """Sums up what saving has cost so far; medians are over the last 1000 saves."""
+        return self._log.stats(
+            arena_count=self._capture.arena_count,
+            arena_bytes=self._capture.arena_bytes,
+            writer=self._writer_name,
+        )
+
+    def close(self, *, delete_backup: bool = False) -> None:
+        """Waits for saves in flight and lets go of the directory. May be called twice.
+
+        Args:
+            delete_backup: Whether to remove the backup, and the directory if nothing else
+                is in it. If a save failed, everything is kept.
+
+        Raises:
+            SaveFailedError: If a save failed and nobody was told yet.
+        """
+        if self._lock is None:
+            return
+        if not self._lock.is_held:  # in a forked child: the parent's to end
+            self._lock = None
+            return
+        # Interrupted here, it is still open and locked: a save may still be being written.
+        self._writer.close()
+        self._capture.close()
+        lock, self._lock = self._lock, None
+        try:
+            delete_backup = delete_backup and not self._log.last_failed
+            if delete_backup:
+                self._protocol.delete_all()
+        finally:
+            lock.release(remove=delete_backup)
+        if delete_backup:
+            self._store.remove_empty_directory("")
+        self.raise_failed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except StepsaveError as e:
+            if error is None:
+                raise
+            error.add_note(f"stepsave: {e}")  # never hide the error that ends the loop
+
+    def __del__(self) -> None:
+        if self._lock is not None and self._lock.is_held:
+            warnings.warn(
+                f"stepsave: the checkpointer of {self._store.root} was not closed. Use it in "
+                "a `with` statement or call `close()`.",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
+            self._writer.close()  # the next user must not find a save still being written
+            self._lock.release()
+
+    def _check_usable(self) -> None:
+        if self._lock is None:
+            raise CheckpointerClosedError(
+                f"The checkpointer of {self._store.root} is closed. Make a new one."
+            )
+        if not self._lock.is_held:
+            raise DirectoryBusyError(
+                f"{self._store.root}: this checkpointer belongs to the parent of this forked "
+                "process. Use it there, or make one with another directory."
+            )
+
+    def _check_step(self, step: int) -> int:
+        step = operator.index(step)
+        if step < 0 or step <= self._last_step:
+            raise ValueError(
+                f"Invalid value for argument `step`. Received: step={step}. Expected one "
+                f"greater than {self._last_step}, the step of the newest backup in "
+                f"{self._store.root}. Go on from `restore()`, or use another directory."
+            )
+        return step
+
+
+def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
+    if writer == "tensorstore":
+        return False
+    try:
+        works = store.can_write_direct()
+    except OSError as e:
+        raise BackupDirectoryError(
+            f"{store.root}: cannot write to the backup directory: {e.strerror or e}. Free space "
+            "on it, mend it, or choose another."
+        ) from e
+    if writer == "direct" and not works:
+        raise BackupDirectoryError(
+            f"{store.root}: its file system does not take direct writes (O_DIRECT). Use "
+            "writer='auto' or 'tensorstore'."
+        )
+    return works

@@ -1,0 +1,272 @@
+"""The commit protocol: which backup is valid, at every instant.
+
+A marker file (`stepsave.format.marker`) names the valid backup, and proves it.
+
+    1. begin    the retired directory, `spare`, is made ready (or a new one made)
+    2. shards   written into it and synced, by `stepsave.engine.writer`
+    3. seal     the remaining files are written and synced; `spare` is renamed to its step
+    4. publish  the marker `COMMIT` is replaced atomically: this is the commit point
+    5. retire   the backup that was valid before becomes `spare`
+
+With `double_checkpoint` a second marker, `PREVIOUS`, names the backup before, and the one
+before that is retired. A crash between any two operations leaves the old backup valid or
+the new one; what it leaves lying about is taken in by the next `begin`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from stepsave.engine.known_files import (
+    COMMIT,
+    PREVIOUS,
+    SPARE,
+    TEMPORARY_NAMES,
+    TRAINING_PATH,
+    refuse_foreign,
+    remove_known,
+)
+from stepsave.errors import CorruptBackupError
+from stepsave.format import orbax
+from stepsave.format.blueprint import Blueprint
+from stepsave.format.marker import MARKER_LIMIT_BYTES, decode_marker, encode_marker
+from stepsave.format.records import BackupRecord, FileRecord
+from stepsave.store.local import LocalStore
+
+__all__ = ("CommitProtocol", "Problem")
+
+_logger = logging.getLogger("stepsave")
+
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+_CHANGING = (TRAINING_PATH, _CHECKPOINT_METADATA)
+"""The files that are written anew by each save, beside the shards."""
+
+Problem = CorruptBackupError | OSError
+"""Why a marker cannot be read."""
+
+
+class CommitProtocol:
+    """The backups in one directory. Used by one thread at a time."""
+
+    def __init__(self, store: LocalStore, *, double_checkpoint: bool) -> None:
+        """Looks at the directory and refuses it if something in it is not stepsave's.
+
+        Raises:
+            BackupDirectoryError: If the directory holds something foreign.
+        """
+        self._store = store
+        self._double = double_checkpoint
+        self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
+        self._collected = False
+        self._begin_ns = 0
+        self.committed: BackupRecord | None = None
+        self.previous: BackupRecord | None = None
+        self.problems: dict[str, Problem] = {}
+        self.read_markers()
+        refuse_foreign(store, self._kept())
+
+    def read_markers(self) -> None:
+        """Takes from disk which backups are valid; what cannot be read is in `problems`."""
+        found = {name: self._on_disk(name) for name in (COMMIT, PREVIOUS)}
+        self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
+        committed, previous = found.values()
+        self.committed = committed if isinstance(committed, BackupRecord) else None
+        self.previous = previous if isinstance(previous, BackupRecord) else None
+
+    def _on_disk(self, name: str) -> BackupRecord | Problem | None:
+        try:
+            encoded = self._store.read(name, MARKER_LIMIT_BYTES)
+            return decode_marker(encoded, str(self._store.path(name)))
+        except FileNotFoundError:
+            return None
+        except (CorruptBackupError, OSError) as e:
+            return e
+
+    def fall_back(self) -> None:
+        """Declares the newest backup unreadable: the previous one is the newest now.
+
+        Takes effect on disk with the next `begin`, when training has gone on from the
+        previous backup; until then nothing is touched, in case the fault passes.
+        """
+        assert self.previous is not None
+        self.committed, self.previous = self.previous, None
+        self.problems.pop(COMMIT, None)
+        self._collected = False
+
+    def begin(self, blueprint: Blueprint) -> str:
+        """Makes a directory ready to receive the shards of a new save; returns its name.
+
+        Raises:
+            CorruptBackupError: If a marker cannot be read, and so nobody knows which of
+                the directories is valid.
+            OSError: If the file system refuses.
+        """
+        if COMMIT in self.problems:
+            raise self.problems[COMMIT]
+        self._begin_ns = time.time_ns()
+        if not self._collected:
+            self._collect()
+        if blueprint.records != self._spare_of:
+            if not self._spare_fits(blueprint):
+                self._remove_backup(SPARE)
+                self._make_spare(blueprint)
+            self._spare_of = blueprint.records
+        return SPARE
+
+    def seal(
+        self, blueprint: Blueprint, step: int, training: bytes, digests: tuple[int, ...]
+    ) -> BackupRecord:
+        """Completes the spare directory and gives it its final name, durably.
+
+        Args:
+            blueprint: The one that `begin` was called with.
+            step: Global step of the save.
+            training: Contents of `training.json`.
+            digests: What `BackupRecord.shard_digests` describes.
+        """
+        metadata = orbax.checkpoint_metadata(blueprint.items, self._begin_ns, time.time_ns())
+        changing = {TRAINING_PATH: training, _CHECKPOINT_METADATA: metadata}
+        for path, data in changing.items():
+            self._store.write(f"{SPARE}/{path}", data)
+        # Without it a power cut can lose the entries of the files just written.
+        self._store.sync_directory(SPARE)
+        directory = str(step)
+        self._store.rename(SPARE, directory)
+        self._spare_of = frozenset()
+        changed = (FileRecord.of(path, data) for path, data in changing.items())
+        return BackupRecord(
+            step=step,
+            directory=directory,
+            nonce=os.urandom(16).hex(),
+            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed),
+            shard_bytes=blueprint.plan.shard_bytes,
+            shard_digests=digests,
+        )
+
+    def publish(self, record: BackupRecord) -> None:
+        """Makes a sealed backup the valid one; on return it is committed, durably."""
+        before = self.committed
+        self._set_marker(COMMIT, record)
+        self.committed = record
+        try:
+            self._retire_after(before)
+        except OSError as e:
+            # The new backup is committed all the same, so the save has not failed. What
+            # could not be put away is unreferenced; the next `begin` tries again, and
+            # fails if it cannot either.
+            _logger.warning("%s: could not retire an old backup: %s", self._store.root, e)
+            self._spare_of, self._collected = frozenset(), False
+
+    def _retire_after(self, before: BackupRecord | None) -> None:
+        if self._double and before is not None:
+            # After COMMIT, so that at no instant fewer than two backups are valid.
+            self._set_marker(PREVIOUS, before)
+            oldest, self.previous = self.previous, before
+            self._retire(oldest)
+            return
+        if self.previous is not None:  # of an earlier run with `double_checkpoint`
+            oldest, self.previous = self.previous, None
+            self._set_marker(PREVIOUS, None)
+            self._remove_backup(oldest.directory)
+        self._retire(before)
+
+    def abandon(self) -> None:
+        """Gives up a save that failed, so that none of its files is used again.
+
+        After a failed sync the kernel may call pages clean that never reached the disk:
+        the same file cannot be trusted even if a later sync succeeds.
+        """
+        self._spare_of = frozenset()
+        self._collected = False
+        if self._store.exists(SPARE):
+            self._remove_backup(SPARE)
+
+    def delete_all(self) -> None:
+        """Removes every backup, markers first, and nothing that stepsave did not write."""
+        for name in (COMMIT, PREVIOUS):
+            self._set_marker(name, None)
+        self.committed = self.previous = None
+        self.problems.clear()
+        for name in self._store.list():
+            if name == SPARE or name.isdigit():
+                self._remove_backup(name)
+        for name in TEMPORARY_NAMES:
+            self._store.remove(name)
+        self._spare_of = frozenset()
+
+    def _retire(self, record: BackupRecord | None) -> None:
+        if record is None:
+            return
+        self._store.rename(record.directory, SPARE)
+        self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
+
+    def _set_marker(self, name: str, record: BackupRecord | None) -> None:
+        if record is not None:
+            self._store.replace(name, encode_marker(record))
+            return
+        self._store.remove(name)
+        # Without it the marker can come back after its backup was removed.
+        self._store.sync_directory()
+
+    def _collect(self) -> None:
+        """Takes in what earlier runs left: unreferenced backups and temporary files."""
+        # They differ after `fall_back`, and after a publish that failed half way. A marker
+        # must stop naming a backup before anything of that backup is touched; COMMIT first,
+        # so that at every instant one of the markers names a backup that can be read.
+        for name, record in ((COMMIT, self.committed), (PREVIOUS, self.previous)):
+            if self._on_disk(name) != record:
+                self._set_marker(name, record)
+                self.problems.pop(name, None)
+        for name in TEMPORARY_NAMES:
+            self._store.remove(name)
+        kept = self._kept()
+        for name in self._store.list():
+            if name.isdigit() and name not in kept:
+                _logger.debug("%s: taking in unreferenced backup %s", self._store.root, name)
+                self._remove_backup(SPARE)  # and forget what it held
+                # Renamed first: a half-removed directory must not look like a backup.
+                self._store.rename(name, SPARE)
+        self._collected = True
+
+    def _kept(self) -> set[str]:
+        """Names of the directories that are valid backups."""
+        return {record.directory for record in (self.committed, self.previous) if record}
+
+    def _make_spare(self, blueprint: Blueprint) -> None:
+        self._store.make_directory(SPARE)
+        for path in (f"{orbax.ARENA_PATH}/c", *map(os.path.dirname, blueprint.files)):
+            self._store.make_directory(f"{SPARE}/{path}")
+        for path, data in blueprint.files.items():
+            self._store.write(f"{SPARE}/{path}", data)
+        # Without these a power cut can lose directories whose files are durable.
+        self._store.sync_tree(SPARE)
+        self._store.sync_directory()
+
+    def _spare_fits(self, blueprint: Blueprint) -> bool:
+        """Whether `spare` has these constant files, and none that no such backup has."""
+        for path, data in blueprint.files.items():
+            name = f"{SPARE}/{path}"
+            if self._store.size_bytes(name) != len(data):
+                return False
+            if self._store.read(name, len(data)) != data:
+                return False
+        shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
+        expected = {*blueprint.files, *_CHANGING, *shards}
+        return set(self._store.walk(SPARE)) <= expected
+
+    def _remove_backup(self, name: str) -> None:
+        """Removes a backup directory: the files that stepsave writes, nothing else."""
+        if name == SPARE:
+            self._spare_of = frozenset()
+        if not self._store.exists(name):
+            return
+        left = remove_known(self._store, name)
+        if left:
+            _logger.warning(
+                "%s: kept %d file(s) that stepsave did not write, %s among them.",
+                self._store.path(name),
+                len(left),
+                left[0],
+            )

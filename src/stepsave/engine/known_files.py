@@ -1,0 +1,105 @@
+"""What in a backup directory is stepsave's: nothing else is ever touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from stepsave.errors import BackupDirectoryError
+from stepsave.format import orbax
+from stepsave.store.local import PROBE_NAME, TEMPORARY_SUFFIX, LocalStore
+from stepsave.store.lock import LOCK_NAME
+
+__all__ = (
+    "COMMIT",
+    "PREVIOUS",
+    "SPARE",
+    "TEMPORARY_NAMES",
+    "TRAINING_PATH",
+    "refuse_foreign",
+    "remove_known",
+)
+
+COMMIT = "COMMIT"
+PREVIOUS = "PREVIOUS"
+SPARE = "spare"
+"""The directory that is not valid: retired, or being written. Neither digits, which stock
+readers take for a step, nor Orbax's temporary suffix, which its managers delete."""
+
+TRAINING_PATH = "training.json"
+TEMPORARY_NAMES = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
+
+# A shard, or what a killed tensorstore leaves of one: a file that was not yet renamed.
+_SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
+_LOCK_LIMIT_BYTES = 1024
+_KNOWN_DIRECTORIES = {"model_config", "pytree"}
+_KNOWN_FILES = {
+    "_CHECKPOINT_METADATA",
+    "_METADATA",
+    "_sharding",
+    "_strings.json",
+    "commit_success.txt",
+    "index",
+    "layout.json",
+    "manifest.ocdbt",
+    "process_0",
+    "training.json",
+    "zarr.json",
+}
+
+
+def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
+    """Refuses a directory with anything in it that stepsave does not write there.
+
+    Args:
+        store: The directory. Nothing in it is changed.
+        committed: Names of the backups that markers vouch for.
+
+    Raises:
+        BackupDirectoryError: Naming what was found.
+    """
+    for name in store.list():
+        if name in committed or _is_ours(store, name):
+            continue
+        raise BackupDirectoryError(
+            f"{store.root}: expected a directory of stepsave's own, found {name!r} in it. "
+            "Choose another `backup_dir`, or move that away. Nothing was changed."
+        )
+
+
+def _is_ours(store: LocalStore, name: str) -> bool:
+    """Whether stepsave made something, complete or not.
+
+    Other tools name directories by digits and put Orbax's files in them; only `layout.json`
+    tells a backup of ours. It is removed last, so one that was being removed when the
+    process died has it too, or nothing at all. `spare` is nobody else's name, and may hold
+    any part of a backup.
+    """
+    if name in (COMMIT, PREVIOUS, *TEMPORARY_NAMES):
+        return True
+    if name == LOCK_NAME:
+        return re.fullmatch(rb"(pid \d+\n)?", store.read(name, _LOCK_LIMIT_BYTES)) is not None
+    if name.startswith(".nfs"):  # a file removed while open, on NFS
+        return True
+    if not store.is_directory(name):
+        return not store.exists(name)  # removed this moment, by the process that owns it
+    found = store.list(name)
+    if name == SPARE:
+        return set(found) <= _KNOWN_FILES | _KNOWN_DIRECTORIES
+    return name.isdecimal() and (not found or orbax.LAYOUT_PATH in found)
+
+
+def remove_known(store: LocalStore, directory: str) -> list[str]:
+    """Removes known files below a directory, then empty directories; returns what is left."""
+    left: list[str] = []
+    for name in sorted(store.list(directory), key=lambda name: name == orbax.LAYOUT_PATH):
+        path = f"{directory}/{name}"
+        if store.is_directory(path):
+            left += remove_known(store, path)
+        elif name in _KNOWN_FILES or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
+            store.remove(path)
+        else:
+            left.append(path)
+    if not left:
+        store.remove_empty_directory(directory)
+    return left

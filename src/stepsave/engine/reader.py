@@ -1,0 +1,202 @@
+"""From a committed directory to verified arrays."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import warnings
+from typing import Any, cast
+
+import numpy as np
+
+from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.known_files import COMMIT, TRAINING_PATH
+from stepsave.errors import CorruptBackupError, StepsaveError
+from stepsave.format import orbax
+from stepsave.format.checksum import crc32c
+from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
+from stepsave.format.records import DTYPES, Backup, BackupRecord, ChunkSpec, LayoutPlan
+from stepsave.format.tree import unflatten
+from stepsave.snapshot.arena import allocate_pages
+from stepsave.store.local import LocalStore
+
+__all__ = ("read_backup", "restore_newest")
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+_ADVICE = (
+    "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
+    "`double_checkpoint=True` keeps a second backup for such a case."
+)
+_READ_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard in memory, verified."""
+
+    data: Bytes
+    digest: int
+
+
+def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None:
+    """Reads the newest valid backup, or the one before it if that cannot be read.
+
+    Falls back whatever the error, with a warning that names what is lost, and tells the
+    protocol so.
+
+    Returns:
+        The backup, or None if there never was one.
+
+    Raises:
+        CorruptBackupError: If there is one, but none that can be read.
+    """
+    protocol.read_markers()
+    newest, previous = protocol.committed, protocol.previous
+    error: Exception | None = protocol.problems.get(COMMIT)
+    if newest is not None:
+        try:
+            return read_backup(store, newest)
+        except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
+            error = e
+    backup = None
+    if previous is not None:
+        try:
+            backup = read_backup(store, previous)
+        except Exception as e:  # noqa: BLE001  as above
+            if error is None:
+                error = e
+            else:
+                error.add_note(f"The backup before it cannot be read either: {e}")
+    if backup is None:
+        if error is not None:
+            raise _as_corrupt(store, error)
+        return None
+    what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
+    loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
+    warnings.warn(
+        f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
+        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}",
+        stacklevel=4,
+    )
+    protocol.fall_back()
+    return backup
+
+
+def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
+    if isinstance(error, StepsaveError):
+        return error
+    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def read_backup(store: LocalStore, record: BackupRecord) -> Backup:
+    """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
+
+    Sizes of all files are checked before memory is allocated.
+
+    Raises:
+        CorruptBackupError: If anything is missing, truncated or altered, naming the file.
+        OSError: If the file system fails.
+    """
+    files = {file.path: _read_proved(store, record, file.path) for file in record.files}
+    for path in (orbax.LAYOUT_PATH, TRAINING_PATH):
+        if path not in files:
+            raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
+    layout_source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
+    plan = decode_layout(files[orbax.LAYOUT_PATH], layout_source)
+    if (plan.shard_bytes, plan.shard_count) != (record.shard_bytes, len(record.shard_digests)):
+        raise CorruptBackupError(
+            f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
+            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {_ADVICE}"
+        )
+    for number in range(plan.shard_count):
+        _check_size(store, record, orbax.shard_path(number), plan.shard_bytes)
+
+    def read(number: int) -> Bytes:
+        shard = _read_shard(store, record, plan, number)
+        if shard.digest != record.shard_digests[number]:
+            path = store.path(f"{record.directory}/{orbax.shard_path(number)}")
+            raise CorruptBackupError(
+                f"{path}: expected the shard with digest {record.shard_digests[number]:08x}, "
+                f"found {shard.digest:08x}: a shard of another save. {_ADVICE}"
+            )
+        return shard.data
+
+    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as executor:
+        shards = list(executor.map(read, range(plan.shard_count)))
+    leaves = _assemble(plan, shards)
+    training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
+    state = unflatten([leaf.path for leaf in plan.leaves], leaves)
+    return Backup(record.step, state, training["metadata"])
+
+
+def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:
+    expected = next(file for file in record.files if file.path == path)
+    _check_size(store, record, path, expected.size_bytes)
+    data = store.read(f"{record.directory}/{path}", expected.size_bytes)
+    found = crc32c(data)
+    if found != expected.crc32c:
+        raise CorruptBackupError(
+            f"{store.path(record.directory)}/{path}: expected CRC-32C {expected.crc32c:08x}, "
+            f"found {found:08x}. {_ADVICE}"
+        )
+    return data
+
+
+def _check_size(store: LocalStore, record: BackupRecord, path: str, expected: int) -> None:
+    found = store.size_bytes(f"{record.directory}/{path}")
+    if found != expected:
+        what = "no such file" if found is None else f"{found} bytes"
+        raise CorruptBackupError(
+            f"{store.path(record.directory)}/{path}: expected {expected} bytes, found {what}. "
+            f"{_ADVICE}"
+        )
+
+
+def _read_shard(store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int) -> _Shard:
+    path = f"{record.directory}/{orbax.shard_path(number)}"
+    data = allocate_pages(plan.shard_bytes)
+    memory = data.data
+    store.read_into(path, memory)
+    start_bytes = number * plan.shard_bytes
+    checksums = bytearray()
+    for chunk in plan.shard_chunks[number]:
+        begin = chunk.offset_bytes - start_bytes
+        end = begin + chunk.stored_bytes
+        stored = bytes(memory[end : end + CHECKSUM_BYTES])
+        found = crc32c(memory[begin:end]).to_bytes(CHECKSUM_BYTES, "little")
+        if found != stored:
+            raise CorruptBackupError(
+                f"{store.path(path)}: data of {plan.leaves[chunk.leaf].name!r} (chunk "
+                f"{chunk.grid}, bytes {begin} to {end}): expected CRC-32C "
+                f"{int.from_bytes(stored, 'little'):08x}, found "
+                f"{int.from_bytes(found, 'little'):08x}. {_ADVICE}"
+            )
+        checksums += stored
+    return _Shard(data, crc32c(bytes(checksums)))
+
+
+def _assemble(plan: LayoutPlan, shards: list[Bytes]) -> list[Any]:
+    """Returns the leaves: views of the shards, or copies where a leaf has many chunks."""
+    parts: list[list[ChunkSpec]] = [[] for _ in plan.leaves]
+    for chunk in plan.chunks:
+        parts[chunk.leaf].append(chunk)
+    leaves: list[Any] = []
+    for leaf, chunks in zip(plan.leaves, parts, strict=True):
+        if len(chunks) == 1 and chunks[0].data_bytes == leaf.size_bytes:
+            data = _bytes_of(plan, shards, chunks[0])
+        else:
+            data = np.empty(leaf.size_bytes, np.uint8)
+            for chunk in chunks:
+                end = chunk.source_bytes + chunk.data_bytes
+                data[chunk.source_bytes : end] = _bytes_of(plan, shards, chunk)
+        leaves.append(data.view(DTYPES[leaf.dtype]).reshape(leaf.shape))
+    return leaves
+
+
+def _bytes_of(plan: LayoutPlan, shards: list[Bytes], chunk: ChunkSpec) -> Bytes:
+    number, begin = divmod(chunk.offset_bytes, plan.shard_bytes)
+    return shards[number][begin : begin + chunk.data_bytes]

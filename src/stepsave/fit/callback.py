@@ -1,0 +1,396 @@
+"""`BackupAndRestore` for `keras.Model.fit`."""
+
+from __future__ import annotations
+
+import numbers
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+
+from stepsave.engine.arguments import check_choice, check_threads
+from stepsave.engine.checkpointer import Checkpointer, WhenBusy
+from stepsave.errors import DirectoryBusyError
+from stepsave.fit import keras_internals
+from stepsave.fit.keras_internals import RunningFit, is_in_fit
+from stepsave.fit.keras_names import KerasFiles
+from stepsave.fit.loop import FitLoop, tell
+from stepsave.fit.open_directories import take_directory
+from stepsave.fit.preemption import PreemptionSignals, check_signals
+from stepsave.fit.progress import Progress, check_save_freq
+from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit, restore_fit
+from stepsave.format.records import Backup, BackupRecord, SaveStats
+from stepsave.position import TrainingPosition
+from stepsave.snapshot.staging import SnapshotMode
+
+__all__ = ("BackupAndRestore",)
+
+
+# Neither the data nor the end of such a `fit` is known: signals would go astray after it.
+_UNKNOWN_FIT = (
+    "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
+    'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
+)
+
+
+class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
+    """Backs up the training state in the background and restores it after an interruption.
+
+    A drop-in for `keras.callbacks.BackupAndRestore`. Training waits only until the state is
+    copied into a host buffer; background threads write it and commit it, weights and
+    position together. If training is interrupted, the same script, run again, goes on at the
+    batch after the last committed backup, as if it had not been interrupted.
+
+    Example:
+        ```python
+        backup = stepsave.BackupAndRestore("backup", save_freq=5)
+        model.fit(x, y, epochs=10, callbacks=[backup])
+        ```
+
+    Attributes:
+        async_safe: Tells Keras that this callback does not forbid asynchronous dispatch.
+            What Keras may then run on another thread only notes a number.
+    """
+
+    async_safe = True
+
+    def __init__(
+        self,
+        backup_dir: str | os.PathLike[str],
+        save_freq: str | int = "epoch",
+        delete_checkpoint: bool = True,
+        *,
+        double_checkpoint: bool = False,
+        resume: Literal["batch", "epoch"] = "batch",
+        history: Literal["new", "all"] = "new",
+        save_before_preemption: bool = False,
+        preemption_signals: Sequence[int | str] = ("SIGTERM",),
+        grace_period_s: float | None = None,
+        when_busy: WhenBusy = "wait",
+        snapshot: SnapshotMode = "auto",
+        writer_threads: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        """Makes the callback; the directory is opened when `fit` begins.
+
+        Args:
+            backup_dir: Directory for the backup, its own: nothing else may be in it.
+            save_freq: `"epoch"` to save when an epoch ends, or a number of batches. Batches
+                are counted exactly, across epochs and with `steps_per_execution`. `False`,
+                with `save_before_preemption`, to save only then.
+            delete_checkpoint: Whether to remove the backup when `fit` has completed.
+            double_checkpoint: Whether to keep the backup before the newest too, and fall
+                back to it if the newest cannot be read.
+            resume: `"batch"` to go on at the batch after the backup, with the data, the random
+                generators, the metrics and the other callbacks as they were. `"epoch"` to
+                repeat the epoch with the weights of the backup, as Keras does.
+            history: What `fit` returns after a resume: the epochs that it ran (`"new"`), or
+                those before the interruption too (`"all"`).
+            save_before_preemption: Whether a signal ends `fit`: it finishes the step, saves,
+                waits until that is durable and raises `Preempted`.
+            preemption_signals: Which signals, by number or name.
+            grace_period_s: Seconds from the signal until the process will be killed. A
+                warning is logged if the save took longer. None if that is not known.
+            when_busy: What a due save does while both host buffers are still in use:
+                `"wait"`, or `"skip"` it.
+            snapshot: Where the state is copied first: `"device"`, `"host"`, or `"auto"`, which
+                takes device memory where there is enough; see `Checkpointer`.
+            writer_threads: Background threads that write; None for a default.
+            verbose: 1 prints a line per save and restore.
+
+        Raises:
+            ValueError: If an argument is invalid.
+        """
+        super().__init__()
+        if not backup_dir:
+            raise ValueError("Empty `backup_dir` argument passed")
+        self.backup_dir = os.fspath(backup_dir)
+        self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
+        self.delete_checkpoint = delete_checkpoint
+        self.double_checkpoint = double_checkpoint
+        check_choice("resume", resume, ("batch", "epoch"))
+        check_choice("history", history, ("new", "all"))
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        self.resume = resume
+        self.history = history
+        self.save_before_preemption = save_before_preemption
+        self.preemption_signals = check_signals(preemption_signals)
+        self.grace_period_s = grace_period_s
+        self.when_busy: WhenBusy = when_busy
+        self.snapshot: SnapshotMode = snapshot
+        self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
+        self.verbose = verbose
+        self._saver: Checkpointer | None = None
+        self._close_at_exit: weakref.finalize[Any, Any] | None = None
+        self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
+        self._last_stats: SaveStats | None = None
+        self._ended_guard = threading.Lock()
+        self._signals: PreemptionSignals | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        # These two mean the same as in Keras's callback, whose tests read them: epochs
+        # completed, and the index of the last batch in this epoch.
+        self._current_epoch = 0
+        self._last_batch_seen = 0
+        self._fit_thread = threading.get_ident()
+        self._loop: FitLoop | None = None
+        self._state: FitState | None = None
+        self._restored: RestoredFit | None = None
+        self._progress = Progress(self.save_freq if type(self.save_freq) is int else None)
+        self._in_epoch = False
+        self._saved_step = 0
+        self._batch_begun = 0
+        self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
+        self._end: Cut | None = None  # of the epoch's batches
+        self._before_validation: BeforeValidation | None = None
+
+    def stats(self) -> SaveStats | None:
+        """What saving has cost in this fit, or the last one; None before the first."""
+        return self._last_stats if self._saver is None else self._saver.stats()
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Restores the last committed backup, if there is one."""
+        self._reset()
+        model = self._trained_model()
+        saver = self._open()
+        fit = keras_internals.find_fit(model)
+        exact = self.resume == "batch"
+        if fit is None and (exact or self.save_before_preemption):
+            warnings.warn(_UNKNOWN_FIT, stacklevel=2)
+        if fit is not None and exact:
+            self._loop = FitLoop(fit, model, self)
+        self._state = FitState(model, self._loop, with_history=self.history == "all")
+        backup = saver.restore()
+        if backup is not None:
+            self._restore(model, backup)
+        if self._loop is not None:
+            self._loop.warn_of_doubts()
+        if model.built:
+            self._state.prepare(saver)
+        if fit is not None and self.save_before_preemption:
+            self._expect_signals(fit, model)
+
+    def after_train_begin(self) -> None:
+        """Called when all callbacks have begun, and perhaps reset themselves."""
+        if self._restored is not None:
+            self._restored.put_back(self._siblings())
+            if self.history == "all":
+                self._restored.put_back_history(self._trained_model())
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Waits until everything is durable, and removes the backup if so asked.
+
+        Raises:
+            SaveFailedError: If a save failed; the backup is then kept.
+        """
+        keras_internals.set_initial_epoch(self._trained_model(), None)  # if no epoch was left
+        if self._signals is not None:
+            self._signals.remove()
+        if self._loop is not None:
+            self._loop.stop()
+        saver, self._saver = self._saver, None
+        if saver is None or saver.closed:
+            return
+        self._last_records = (saver.committed, saver.previous)
+        if self._close_at_exit is not None:
+            self._close_at_exit.detach()
+        try:
+            saver.close(delete_backup=self.delete_checkpoint)
+        finally:
+            self._last_stats = saver.stats()
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
+        keras_internals.set_initial_epoch(self._trained_model(), None)
+        self._progress.begin_epoch(epoch, self._steps_per_epoch())
+        if self._restored is not None:
+            self._progress.go_on_at(self._restored.position.batch)
+        self._restored = None
+        self._in_epoch = True
+        self._batches_ended = self._batch_begun = 0
+        self._end = None
+        if self._state is not None:
+            self._state.begin_epoch()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._current_epoch = epoch + 1
+        self._last_batch_seen = 0
+        if self._loop is None:
+            self.after_epoch_end(epoch)
+
+    def after_epoch_end(self, epoch: int) -> None:
+        """Called when all callbacks know that the epoch has ended; they have changed the rate."""
+        self._progress.advance(self._batches_ended)  # it may have been stopped within
+        self._in_epoch = False
+        if self.save_freq == "epoch" or self._progress.save_is_due:
+            self._save(epoch + 1, 0)
+        self._end_if_preempted(epoch + 1, 0)
+
+    # With `resume="batch"`, saves are made at cuts: see `fit_loop`. Otherwise as early as
+    # Keras's callback would make them, in the hooks below.
+
+    def at_cut(self, batches_done: int) -> None:
+        """Called when so many batches of the epoch are done, and all callbacks know."""
+        assert self._saver is not None
+        self._saver.raise_failed()
+        self._last_batch_seen = batches_done - 1
+        progress = self._progress
+        progress.advance(batches_done)
+        if progress.save_is_due:
+            self._save(progress.epoch, progress.batches_done)
+        if self._signals is not None:
+            self._end_if_preempted(progress.epoch, progress.batches_done)
+            if progress.batches_done == progress.steps and self._loop is not None:
+                self._end = Cut.take(self._loop)
+
+    def while_passing_over(self) -> None:
+        """Called when a batch was read that was trained before the interruption."""
+        self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        # Always called by the thread of `fit`, after the last step and before the next, and
+        # without a device sync; so with asynchronous dispatch this is where to save.
+        if self._loop is not None:
+            return
+        self._batch_begun = batch
+        if self._saver is not None:
+            self._saver.raise_failed()
+        if batch > self._progress.batches_done:
+            self._last_batch_seen = batch - 1
+            self._advance_and_save(batch)
+        self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        with self._ended_guard:
+            self._batches_ended = max(self._batches_ended, batch + 1)
+        if self._loop is not None or threading.get_ident() != self._fit_thread:
+            return  # dispatched asynchronously: the next step may already be running
+        self._last_batch_seen = batch
+        self._advance_and_save(batch + 1)
+
+    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        if not self._in_epoch:
+            return
+        # Validation inside `fit`: a save due after the last batch is made before it, so
+        # that an interruption of the validation does not lose it.
+        if self._loop is None:
+            # Dispatch threads may not have told of the last batch yet. That it has ended is
+            # certain; how many batches it was, only where each execution is one.
+            single = self._trained_model().steps_per_execution == 1
+            self._advance_and_save(max(self._batches_ended, self._batch_begun + 1 if single else 0))
+        elif self._signals is not None:
+            # A callback may have ended the epoch within; then there was no cut.
+            keras_internals.flush(self._loop.callbacks)
+            self._progress.advance(self._batches_ended)
+            # Where Keras learns the length by reading on, nothing was begun after the last batch.
+            end = self._end or Cut.take(self._loop)
+            self._before_validation = BeforeValidation.take(self._trained_model(), end)
+
+    def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self._in_epoch:
+            self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        self._before_validation = None
+
+    def _advance_and_save(self, batches_done: int) -> None:
+        self._progress.advance(batches_done)
+        if self._progress.save_is_due:
+            self._save(self._progress.epoch, self._progress.batches_done)
+
+    def _save(self, epoch: int, batch: int) -> None:
+        began_s = time.perf_counter()
+        progress = self._progress
+        progress.save_is_due = False
+        saver, state = self._saver, self._state
+        if saver is None or saver.closed or state is None:
+            raise DirectoryBusyError(
+                f"{self.backup_dir}: another callback of this process has taken this backup "
+                "directory over. Give each its own directory."
+            )
+        if progress.global_step <= self._saved_step:
+            return  # an epoch without batches: this state is saved already
+        position = TrainingPosition(progress.global_step, epoch, batch, progress.steps)
+        metadata, arrays = state.describe(position, self._siblings(), self._before_validation)
+        paths, leaves = state.leaves(saver, arrays, self._before_validation)
+        handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
+        at = f"Epoch {progress.epoch + 1}"
+        if handle.skipped:
+            self._tell(f"{at}: backup skipped, the disk is still busy")
+            return
+        self._saved_step = step = position.global_step
+        self._tell(f"{at}: saving backup of step {step} to {self.backup_dir}")
+
+    def _end_if_preempted(self, epoch: int, batch: int) -> None:
+        signals, saver = self._signals, self._saver
+        if signals is None or signals.received is None or saver is None:
+            return
+        saver.drain()  # or the last save might be skipped, as the disk is busy
+        self._save(epoch, batch)
+        saver.wait()
+        signals.end(self._saved_step, self.grace_period_s)
+
+    def _expect_signals(self, fit: RunningFit, model: Any) -> None:
+        if self._signals is not None:
+            self._signals.remove()  # of a fit that raised
+        signals = PreemptionSignals(self.preemption_signals, is_in_fit(fit, model))
+        self._signals = signals if signals.install() else None
+        weakref.finalize(self, signals.remove).atexit = False
+
+    def _siblings(self) -> list[Any]:
+        return [] if self._loop is None else self._loop.callbacks_but(self)
+
+    def _restore(self, model: Any, backup: Backup) -> None:
+        restored = restore_fit(model, backup)
+        position = restored.position
+        epoch, batch = position.resume_epoch, 0
+        if self._loop is not None:
+            epoch, batch = position.epoch, position.batch
+            self._restored = restored
+            self._loop.resume(restored.resume(model, self._siblings))
+            if restored.stopped:  # by a callback: no epoch is left
+                epoch = max(epoch, int((self.params or {}).get("epochs") or epoch))
+        keras_internals.set_initial_epoch(model, epoch)
+        # From what was restored, not from 0: or a second interruption would rewind.
+        self._current_epoch = epoch
+        self._progress.begin_epoch(epoch, None)
+        self._progress.global_step = self._saved_step = position.global_step
+        at = f"epoch {epoch + 1}" + (f", batch {batch + 1}" if batch else "")
+        self._tell(f"Restored backup of step {backup.step}: going on at {at}")
+
+    def _open(self) -> Checkpointer:
+        if self._saver is None or self._saver.closed:  # or `fit` raised the last time
+            self._saver, self._close_at_exit = take_directory(
+                self,
+                self.backup_dir,
+                double_checkpoint=self.double_checkpoint,
+                when_busy=self.when_busy,
+                snapshot=self.snapshot,
+                writer_threads=self.writer_threads,
+            )
+        return self._saver
+
+    def _trained_model(self) -> Any:
+        # Not `self.model`: on JAX that property puts the state back into the variables at
+        # each access. torch's DistributedDataParallel wraps the model.
+        model = self._model
+        return getattr(model, "module", model) if _is_wrapped(model) else model
+
+    def _steps_per_epoch(self) -> int | None:
+        steps = (self.params or {}).get("steps")
+        return int(steps) if isinstance(steps, numbers.Integral) else None
+
+    def _tell(self, message: str) -> None:
+        if self.verbose:
+            tell(f"\n{message}")
+
+
+def _is_wrapped(model: Any) -> bool:
+    return type(model).__name__ == "DistributedDataParallel"

@@ -1,0 +1,1 @@
+"""What is on disk: pure functions and records, no input or output."""

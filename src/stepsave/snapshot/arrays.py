@@ -1,0 +1,157 @@
+"""Arrays of any backend on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepsave.errors import InvalidStateError
+from stepsave.format.records import DTYPES
+
+__all__ = (
+    "ArrayForm",
+    "HostArray",
+    "backend_of",
+    "backends_of",
+    "device_name",
+    "dtype_name",
+    "unwrap",
+    "view_on_host",
+)
+
+HostArray = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayForm:
+    """What an array on its way to the host will be there, apart from its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+Viewer = Callable[[Sequence[Any]], list[HostArray]]
+
+# Root package of an array type → the module here that knows it. A backend is imported by
+# its own arrays only: saving NumPy arrays never imports JAX.
+_BACKENDS = {
+    "jax": "jax",
+    "jaxlib": "jax",
+    "torch": "torch",
+    "keras": "keras",
+    "tensorflow": "tensorflow",
+}
+_SCALARS = (bool, int, float, complex, np.generic)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_backend_by_type: dict[type, str] = {}
+
+
+def view_on_host(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> list[HostArray]:
+    """Returns the leaves as NumPy arrays, without copying where memory can be shared.
+
+    The arrays may alias memory that the next training step overwrites: copy them before
+    it runs, and drop them. While a view of a JAX array lives, donating that array makes
+    XLA copy it first.
+
+    Args:
+        paths: Where each leaf is in the state; for error texts.
+        leaves: NumPy, JAX, torch or TensorFlow arrays, Keras variables, Python scalars.
+
+    Raises:
+        InvalidStateError: If a leaf is something else.
+    """
+    distinct = backends_of(leaves)
+    if len(distinct) == 1:  # the usual case: one backend, one call
+        return _view(distinct.pop(), paths, leaves)
+    kinds = [backend_of(leaf) for leaf in leaves]
+    views: list[HostArray | None] = [None] * len(leaves)
+    for kind in distinct:
+        chosen = [i for i, other in enumerate(kinds) if other == kind]
+        some = _view(kind, [paths[i] for i in chosen], [leaves[i] for i in chosen])
+        for i, view in zip(chosen, some, strict=True):
+            views[i] = view
+    return [view for view in views if view is not None]
+
+
+def device_name(leaves: Sequence[Any]) -> str | None:
+    """Returns JAX's name of the device that holds the first JAX array; None without one."""
+    for leaf in leaves:
+        if backend_of(leaf) == "jax":
+            return importlib.import_module("stepsave.snapshot.jax").device_name(leaf)
+    return None
+
+
+def dtype_name(path: tuple[str, ...], array: HostArray | ArrayForm) -> str:
+    """Returns the key of `records.DTYPES` for an array.
+
+    Raises:
+        InvalidStateError: If arrays of its dtype cannot be saved.
+    """
+    name = _NAMES.get(array.dtype)
+    if name is None:
+        raise InvalidStateError(
+            f"State {'/'.join(path)!r}: dtype {array.dtype} cannot be saved; expected one of "
+            f"{', '.join(DTYPES)}. Convert it first."
+        )
+    return name
+
+
+def _view(kind: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> list[HostArray]:
+    if kind == "numpy":
+        return [np.asarray(leaf) for leaf in leaves]
+    if kind == "keras":
+        return view_on_host(paths, [leaf.value for leaf in leaves])
+    if kind:
+        viewer: Viewer = importlib.import_module(f"stepsave.snapshot.{kind}").view_on_host
+        try:
+            return viewer(leaves)
+        except InvalidStateError as e:
+            if len(leaves) > 1:  # say which one
+                for path, leaf in zip(paths, leaves, strict=True):
+                    _view(kind, [path], [leaf])
+            raise InvalidStateError(f"State {'/'.join(paths[0])!r}: {e}") from e
+    raise InvalidStateError(
+        f"State {'/'.join(paths[0])!r}: expected a NumPy, JAX, torch or TensorFlow array or a "
+        f"number, found {type(leaves[0]).__name__}."
+    )
+
+
+def unwrap(leaves: Sequence[Any]) -> Sequence[Any]:
+    """Replaces Keras variables by their present values."""
+    if "keras" not in backends_of(leaves):
+        return leaves
+    return [leaf.value if backend_of(leaf) == "keras" else leaf for leaf in leaves]
+
+
+def backends_of(leaves: Sequence[Any]) -> set[str]:
+    """Returns what `backend_of` says of all leaves, without a call for each."""
+    examples = dict(zip(map(type, leaves), leaves, strict=True))
+    return {backend_of(leaf) for leaf in examples.values()}
+
+
+def backend_of(leaf: Any) -> str:
+    """Returns the name of the module here that knows a leaf, `"numpy"`, `"keras"` or `""`."""
+    kind = type(leaf)
+    backend = _backend_by_type.get(kind)
+    if backend is None:
+        backend = _backend_by_type[kind] = _find_backend(leaf)
+    return backend
+
+
+def _find_backend(leaf: Any) -> str:
+    if isinstance(leaf, (np.ndarray, *_SCALARS)):
+        return "numpy"
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(leaf, keras.Variable):
+        return "keras"
+    for ancestor in type(leaf).__mro__:
+        backend = _BACKENDS.get(ancestor.__module__.partition(".")[0])
+        if backend is not None and backend != "keras":
+            return backend
+    return ""

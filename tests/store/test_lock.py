@@ -1,0 +1,127 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from engine_support import check_python
+
+from stepsave.errors import BackupDirectoryError, DirectoryBusyError
+from stepsave.store.lock import LOCK_NAME, DirectoryLock
+
+HOLD = """
+import sys
+from pathlib import Path
+from stepsave.store.lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+TRY = """
+import sys
+from pathlib import Path
+from stepsave.errors import DirectoryBusyError
+from stepsave.store.lock import DirectoryLock
+try:
+    DirectoryLock(Path(sys.argv[1])).release()
+    print("free")
+except DirectoryBusyError as e:
+    print(e)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_one_process_gets_a_directory_once(tmp_path):
+    lock = DirectoryLock(tmp_path)
+    try:
+        with pytest.raises(DirectoryBusyError, match="another checkpointer of this process"):
+            DirectoryLock(tmp_path)
+        assert str(tmp_path) in check_python(TRY, tmp_path)  # and no other process gets it
+    finally:
+        lock.release()
+    assert check_python(TRY, tmp_path) == "free\n"
+    DirectoryLock(tmp_path).release()
+
+
+def test_a_refused_process_is_told_the_directory_and_the_holder(tmp_path, holder):
+    with pytest.raises(DirectoryBusyError) as caught:
+        DirectoryLock(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert f"pid {holder.pid}" in str(caught.value)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    lock = DirectoryLock(tmp_path)
+    assert lock.is_held
+    lock.release()
+
+
+def test_two_directories_are_two_locks(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    locks = [DirectoryLock(tmp_path / "a"), DirectoryLock(tmp_path / "b")]
+    for lock in locks:
+        lock.release()
+        lock.release()  # twice does no harm
+        assert not lock.is_held
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from stepsave.store.lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    ok = not lock.is_held
+    lock.release(remove=True)  # not the child's to release or remove
+    for fd in (1, 2):
+        os.close(fd)
+    os.write(writer, b"y" if ok else b"n")
+    time.sleep(60)
+    os._exit(0)
+assert os.read(reader, 1) == b"y"
+assert lock.is_held
+assert Path(sys.argv[1], "LOCK").exists()
+print(child)
+"""
+
+
+def test_a_forked_child_holds_nothing_and_keeps_nothing_busy(tmp_path):
+    child = int(check_python(FORK, tmp_path))
+    try:
+        assert check_python(TRY, tmp_path) == "free\n"  # though the child lives on
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / LOCK_NAME).symlink_to(tmp_path / "precious")
+    with pytest.raises(BackupDirectoryError, match=LOCK_NAME):
+        DirectoryLock(tmp_path / "directory")
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_release_removes_the_file_only_when_asked(tmp_path):
+    DirectoryLock(tmp_path).release()
+    assert (tmp_path / LOCK_NAME).exists()
+    DirectoryLock(tmp_path).release(remove=True)
+    assert not (tmp_path / LOCK_NAME).exists()
