@@ -182,5 +182,5 @@ def filled(arrays, arena=None, threads=1):
         works = filling.work, *[filling.help] * (threads - 1)
         for future in [executor.submit(work) for work in works]:
             future.result()
-    filling.wait()
+    assert filling.is_complete
     return plan, arena

@@ -9,7 +9,8 @@
     ├── BackupMismatchError     (ValueError)   a valid backup, but of another model
     ├── SaveFailedError         (RuntimeError) a save failed in the background
     ├── ArenaMemoryError        (MemoryError)  no room for the host copy of the state
-    └── CheckpointerClosedError (RuntimeError) used after `close()`
+    ├── CheckpointerClosedError (RuntimeError) used after `close()`
+    └── NestedCallError         (RuntimeError) used by a signal handler within a `save`
 
     Preempted                   (SystemExit)   training was saved and ended on a signal
     UnreproducibleDataWarning   (UserWarning)  data that a resumed run may see otherwise
@@ -32,6 +33,7 @@ __all__ = (
     "DirectoryBusyError",
     "FormatVersionError",
     "InvalidStateError",
+    "NestedCallError",
     "Preempted",
     "SaveFailedError",
     "StepsaveError",
@@ -77,6 +79,10 @@ class ArenaMemoryError(StepsaveError, MemoryError):
 
 class CheckpointerClosedError(StepsaveError, RuntimeError):
     """Raised when a checkpointer is used after it was closed."""
+
+
+class NestedCallError(StepsaveError, RuntimeError):
+    """Raised when a signal handler uses a checkpointer in the midst of its own `save`."""
 
 
 class Preempted(SystemExit):

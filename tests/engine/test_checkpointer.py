@@ -20,6 +20,7 @@ from engine_support import (
 import stepsave
 from stepsave.snapshot import arena
 from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def restored_by_another_reader(directory):
     from stepsave.engine.reader import read_backup
 
     record = decode_marker((directory / "COMMIT").read_bytes(), "COMMIT")
-    return read_backup(LocalStore(directory), record).state
+    return read_backup(LocalStore(directory), record, Crew(1, "test")).state
 
 
 def test_when_busy_skip_skips_and_counts(tmp_path, gate):
@@ -295,8 +296,8 @@ def test_a_copy_that_is_interrupted_costs_no_arena_and_saves_nothing(tmp_path, m
                 def interrupt(*_):
                     raise KeyboardInterrupt
 
-                patch.setattr("stepsave.snapshot.filling._Pack.fill", interrupt)
-                patch.setattr("stepsave.snapshot.filling._Slab.fill", interrupt)
+                patch.setattr("stepsave.snapshot.runs.Pack.fill", interrupt)
+                patch.setattr("stepsave.snapshot.runs.Slab.fill", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     saver.save(2, state_of(2))
         assert saver.in_flight == 0

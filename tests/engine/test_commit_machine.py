@@ -21,6 +21,9 @@ from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker
 from stepsave.engine.reader import read_backup
 from stepsave.format import layout
 from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
+
+_CREW = Crew(1, "test")
 
 CHANGES = (
     "write",
@@ -232,7 +235,7 @@ class CommitMachine(RuleBasedStateMachine):
         for name in (COMMIT, PREVIOUS):
             with contextlib.suppress(OSError, stepsave.CorruptBackupError):
                 record = decode_marker((self.directory / name).read_bytes(), name)
-                backup = read_backup(store, record)
+                backup = read_backup(store, record, _CREW)
                 assert_same_bits(backup.state, self.states[record.step])
                 found[record.directory] = record
         return list(found.values())

@@ -25,7 +25,8 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore
-from stepsave.engine.writer import BackgroundWriter
+from stepsave.engine.writer import Writer
+from stepsave.threads import Crew
 
 # The example in Keras's documentation of `BackupAndRestore`, without its `model.build`.
 
@@ -216,11 +217,12 @@ def test_every_backup_is_of_exactly_one_step(others, backup_dir, monkeypatch):
     from stepsave.engine.reader import read_backup
 
     backups = []
+    crew = Crew(1, "test")
     publish = CommitProtocol.publish
 
     def publish_and_read(self, record):
         publish(self, record)
-        backups.append(read_backup(self._store, record))
+        backups.append(read_backup(self._store, record, crew))
 
     monkeypatch.setattr(CommitProtocol, "publish", publish_and_read)
     model = step_model(width=20_000)  # large enough for several copying threads
@@ -240,7 +242,7 @@ def test_every_backup_is_of_exactly_one_step(others, backup_dir, monkeypatch):
 
 def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, monkeypatch):
     slow = threading.Event()
-    open_shards = BackgroundWriter.open_shards
+    open_shards = Writer._open_shards
 
     def open_slow_shards(*args):
         write = open_shards(*args)
@@ -251,7 +253,7 @@ def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, 
 
         return write_slowly
 
-    monkeypatch.setattr(BackgroundWriter, "open_shards", open_slow_shards)
+    monkeypatch.setattr(Writer, "_open_shards", open_slow_shards)
     callback = BackupAndRestore(backup_dir, 1)
     fit_interrupted(step_model(width=20_000), callback, Interrupt(step=STEPS), epochs=2)
     # While the writer still holds the last arenas, the model's memory is used by others.

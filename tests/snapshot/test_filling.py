@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stepsave.format import layout
 from stepsave.format.records import DTYPES
-from stepsave.snapshot import filling
+from stepsave.snapshot import filling, runs
 from stepsave.snapshot.arena import Arena
 
 
@@ -23,12 +23,12 @@ def leaf_bytes(plan, arena, number):
     )
 
 
-def begun(arrays):
+def begun(arrays, **options):
     """An arena bound to the layout of some arrays, and a filling of it."""
     plan = plan_of(arrays)
     arena = Arena(plan.arena_bytes)
     arena.bind(plan)
-    return plan, arena, arena.begin(list(arrays).__getitem__)
+    return plan, arena, arena.begin(list(arrays).__getitem__, **options)
 
 
 def assert_sealed(plan, arena):
@@ -82,8 +82,8 @@ def test_every_chunk_is_sealed_whoever_copied_it(sizes, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "SHARD_TARGET_BYTES", 8 << 10)
         patch.setattr(layout, "CHUNK_LIMIT_BYTES", 2 << 10)
-        patch.setattr(filling, "_SMALL_BYTES", 500)
-        patch.setattr(filling, "_PACK_BYTES", 1500)
+        patch.setattr(runs, "_SMALL_BYTES", 500)
+        patch.setattr(runs, "_PACK_BYTES", 1500)
         plan, arena = filled(arrays, threads=threads)
     assert_sealed(plan, arena)
     for number in range(plan.shard_count):
@@ -96,9 +96,9 @@ def test_every_chunk_is_sealed_whoever_copied_it(sizes, threads):
 def test_what_is_written_is_what_is_there_when_it_is_said(monkeypatch):
     """Written as the ranges come, a copy of each shard ends equal to the sealed shard."""
     monkeypatch.setattr(filling, "PIECE_BYTES", 10_000)
-    monkeypatch.setattr(filling, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(runs, "_SMALL_BYTES", 1000)
     arrays = [random_array((size,), "uint8", seed=size) for size in range(1, 40_000, 1501)]
-    plan, arena, begun_filling = begun(arrays)
+    plan, arena, begun_filling = begun(arrays, is_led=True)
     assert plan.shard_count > 2
     on_disk = np.zeros_like(arena.bytes)
 
@@ -110,7 +110,7 @@ def test_what_is_written_is_what_is_there_when_it_is_said(monkeypatch):
     writers = [threading.Thread(target=write, args=[n]) for n in range(plan.shard_count)]
     for writer in writers:
         writer.start()
-    begun_filling.work()
+    begun_filling.lead()
     for writer in writers:
         writer.join()
     assert_sealed(plan, arena)
@@ -132,8 +132,8 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
             assert gate.wait(30)
         return arrays[leaf]
 
-    half = arena.begin(source)
-    worker = threading.Thread(target=half.work)
+    half = arena.begin(source, is_led=True)
+    worker = threading.Thread(target=half.lead)
     worker.start()
     ranges = half.ranges(0)
     assert next(ranges)[0] == 0
@@ -147,7 +147,7 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
 
 @pytest.mark.usefixtures("small_shards")
 def test_helpers_leave_small_chunks_to_the_thread_at_work(monkeypatch):
-    monkeypatch.setattr(filling, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(runs, "_SMALL_BYTES", 1000)
     arrays = [random_array((size,), "uint8", seed=size) for size in (10, 5000, 20, 6000)]
     plan, arena, shared = begun(arrays)
     shared.help()
@@ -155,7 +155,6 @@ def test_helpers_leave_small_chunks_to_the_thread_at_work(monkeypatch):
     for number in (1, 3):
         assert leaf_bytes(plan, arena, number) == arrays[number].tobytes()
     shared.work()
-    shared.wait()
     assert_sealed(plan, arena)
     for number, array in enumerate(arrays):
         assert leaf_bytes(plan, arena, number) == array.tobytes()
@@ -172,34 +171,104 @@ def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
             raise RuntimeError("the device is gone")
         return arrays[leaf]
 
-    broken = arena.begin(source)
+    broken = arena.begin(source, is_led=True)
     caught = []
 
-    def wait():
+    def write():
         try:
-            broken.wait()
+            list(broken.ranges(0))
         except RuntimeError as e:
             caught.append(e)
 
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    with pytest.raises(RuntimeError, match="device is gone"):
-        broken.work()
-    waiter.join()
+    writer = threading.Thread(target=write)
+    writer.start()
+    broken.lead()
+    writer.join()
     assert len(caught) == 1
+    broken.wait_left()
+    broken.wait_quiet()
     with pytest.raises(RuntimeError, match="device is gone"):
         list(broken.ranges(0))
+    broken = arena.begin(source)
+    with pytest.raises(RuntimeError, match="device is gone"):
+        broken.work()
 
 
-def test_a_filling_given_up_wakes_its_writers():
-    *_, waiting = begun([random_array((1000,), "uint8")])
-    timer = threading.Timer(0.05, waiting.fail, [KeyboardInterrupt()])
+def test_a_helper_that_fails_fails_the_caller():
+    arrays = [random_array((200_000,), "uint8", seed=i) for i in range(4)]
+    helping = threading.Event()
+
+    def source(leaf):
+        if threading.current_thread() is not threading.main_thread():
+            helping.set()
+            raise RuntimeError("the device is gone")
+        assert helping.wait(30)
+        return arrays[leaf]
+
+    plan = plan_of(arrays)
+    arena = Arena(plan.arena_bytes)
+    arena.bind(plan)
+    shared = arena.begin(source)
+    helper = threading.Thread(target=shared.help)
+    helper.start()
+    with pytest.raises(RuntimeError, match="device is gone"):
+        shared.work()
+    helper.join()
+
+
+def test_on_return_from_giving_up_nobody_copies_any_more():
+    arrays = [random_array((200_000,), "uint8", seed=i) for i in range(6)]
+    copying, gate = threading.Event(), threading.Event()
+    taken = []
+
+    def source(leaf):
+        taken.append(leaf)
+        copying.set()
+        assert gate.wait(30)
+        return arrays[leaf]
+
+    plan = plan_of(arrays)
+    arena = Arena(plan.arena_bytes)
+    arena.bind(plan)
+    left_behind = arena.begin(source)
+    helper = threading.Thread(target=left_behind.help)
+    helper.start()
+    assert copying.wait(30)
+    timer = threading.Timer(0.1, gate.set)
     timer.start()
-    began_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(waiting.ranges(0))
-    assert time.monotonic() - began_s < 10
+    left_behind.give_up()
+    assert gate.is_set(), "it waited for the helper"
+    before = arena.bytes.copy()
+    left_behind.help()  # one that comes late
+    helper.join()
+    assert (arena.bytes == before).all()
+    assert taken == [0], "the helper went no further"
     timer.join()
+
+
+def test_a_filling_that_is_led_ends_whole_although_its_save_was_given_up():
+    arrays = [random_array((200_000,), "uint8", seed=i) for i in range(6)]
+    copying = threading.Event()
+
+    def source(leaf):
+        copying.set()
+        time.sleep(0.01)
+        return arrays[leaf]
+
+    plan = plan_of(arrays)
+    arena = Arena(plan.arena_bytes)
+    arena.bind(plan)
+    led = arena.begin(source, is_led=True)
+    leader = threading.Thread(target=led.lead)
+    leader.start()
+    assert copying.wait(30)
+    led.give_up()
+    assert led.is_complete
+    leader.join()
+    never_led = arena.begin(source, is_led=True)
+    never_led.give_up()
+    never_led.lead()
+    assert not never_led.is_complete, "given up before it began"
 
 
 def test_the_state_is_let_go_when_it_is_copied():
@@ -211,7 +280,8 @@ def test_the_state_is_let_go_when_it_is_copied():
     done = arena.begin(held.__getitem__)
     done.work()
     assert done._source is None
-    done.work()  # a helper that comes late finds nothing to do
+    done.help()  # one that comes late finds nothing to do
+    assert done.is_complete
 
 
 def test_what_somebody_else_has_copied_is_sealed_all_the_same():

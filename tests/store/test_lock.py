@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from stepsave.store.lock import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -24,11 +25,19 @@ from pathlib import Path
 from stepsave.errors import DirectoryBusyError
 from stepsave.store.lock import DirectoryLock
 try:
-    DirectoryLock(Path(sys.argv[1])).release()
+    lock = DirectoryLock(Path(sys.argv[1]))
+    lock.acquire()
+    lock.release()
     print("free")
 except DirectoryBusyError as e:
     print(e)
 """
+
+
+def taken(directory):
+    lock = DirectoryLock(directory)
+    lock.acquire()
+    return lock
 
 
 @pytest.fixture
@@ -45,20 +54,20 @@ def holder(tmp_path):
 
 
 def test_one_process_gets_a_directory_once(tmp_path):
-    lock = DirectoryLock(tmp_path)
+    lock = taken(tmp_path)
     try:
         with pytest.raises(DirectoryBusyError, match="another checkpointer of this process"):
-            DirectoryLock(tmp_path)
+            taken(tmp_path)
         assert str(tmp_path) in check_python(TRY, tmp_path)  # and no other process gets it
     finally:
         lock.release()
     assert check_python(TRY, tmp_path) == "free\n"
-    DirectoryLock(tmp_path).release()
+    taken(tmp_path).release()
 
 
 def test_a_refused_process_is_told_the_directory_and_the_holder(tmp_path, holder):
     with pytest.raises(DirectoryBusyError) as caught:
-        DirectoryLock(tmp_path)
+        taken(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert f"pid {holder.pid}" in str(caught.value)
 
@@ -66,7 +75,7 @@ def test_a_refused_process_is_told_the_directory_and_the_holder(tmp_path, holder
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    lock = DirectoryLock(tmp_path)
+    lock = taken(tmp_path)
     assert lock.is_held
     lock.release()
 
@@ -74,7 +83,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
 def test_two_directories_are_two_locks(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    locks = [DirectoryLock(tmp_path / "a"), DirectoryLock(tmp_path / "b")]
+    locks = [taken(tmp_path / "a"), taken(tmp_path / "b")]
     for lock in locks:
         lock.release()
         lock.release()  # twice does no harm
@@ -86,6 +95,7 @@ import os, sys, time
 from pathlib import Path
 from stepsave.store.lock import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
+lock.acquire()
 reader, writer = os.pipe()
 child = os.fork()
 if child == 0:
@@ -116,12 +126,12 @@ def test_a_link_in_place_of_the_lock_is_refused(tmp_path):
     (tmp_path / "directory").mkdir()
     (tmp_path / "directory" / LOCK_NAME).symlink_to(tmp_path / "precious")
     with pytest.raises(BackupDirectoryError, match=LOCK_NAME):
-        DirectoryLock(tmp_path / "directory")
+        taken(tmp_path / "directory")
     assert (tmp_path / "precious").read_text() == "text"
 
 
 def test_release_removes_the_file_only_when_asked(tmp_path):
-    DirectoryLock(tmp_path).release()
+    taken(tmp_path).release()
     assert (tmp_path / LOCK_NAME).exists()
-    DirectoryLock(tmp_path).release(remove=True)
+    taken(tmp_path).release(remove=True)
     assert not (tmp_path / LOCK_NAME).exists()

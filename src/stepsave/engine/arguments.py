@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from stepsave.errors import BackupDirectoryError, InvalidStateError
 from stepsave.format.records import FORMAT_VERSION
 
-__all__ = ("check_choice", "check_directory", "check_threads", "encode_training")
+__all__ = ("check_choice", "check_directory", "check_step", "check_threads", "encode_training")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -44,6 +45,18 @@ def check_directory(directory: str | os.PathLike[str]) -> str:
             "supported yet."
         )
     return path
+
+
+def check_step(step: int, last_step: int, directory: str) -> int:
+    """Returns the number of a step, or raises `ValueError` if it is not after the last one."""
+    step = operator.index(step)
+    if step < 0 or step <= last_step:
+        raise ValueError(
+            f"Invalid value for argument `step`. Received: step={step}. Expected one "
+            f"greater than {last_step}, the step of the newest backup in {directory}. Go on from "
+            "`restore()`, or use another directory."
+        )
+    return step
 
 
 def encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import functools
 import os
 import time
 import warnings
@@ -13,17 +13,25 @@ from typing import Any, Literal, Self
 from stepsave.engine.arguments import (
     check_choice,
     check_directory,
+    check_step,
     check_threads,
     encode_training,
 )
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.reader import restore_newest
 from stepsave.engine.saves import SaveHandle, SaveLog
-from stepsave.engine.writer import DEFAULT_LANES, BackgroundWriter
+from stepsave.engine.writer import (
+    DEFAULT_LANES,
+    SaveRequest,
+    Writer,
+    WriterKind,
+    choose_direct,
+    start_threads,
+)
 from stepsave.errors import (
-    BackupDirectoryError,
     CheckpointerClosedError,
     DirectoryBusyError,
+    NestedCallError,
     StepsaveError,
 )
 from stepsave.format.records import Backup, BackupRecord, SaveStats
@@ -32,11 +40,11 @@ from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import DirectoryLock
+from stepsave.threads import is_running
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
 WhenBusy = Literal["wait", "skip"]
-WriterKind = Literal["auto", "direct", "tensorstore"]
 
 
 class Checkpointer:
@@ -86,30 +94,41 @@ class Checkpointer:
             BackupDirectoryError: If the directory cannot be used, or holds something else.
             DirectoryBusyError: If it is in use.
         """
-        self._lock: DirectoryLock | None = None  # for __del__, should anything below raise
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("writer", writer, ("auto", "direct", "tensorstore"))
         check_choice("snapshot", snapshot, ("auto", "device", "host"))
         lanes = DEFAULT_LANES if writer_threads is None else check_threads(writer_threads)
         self._when_busy = when_busy
-        store = LocalStore(check_directory(directory))
+        self._store = LocalStore(check_directory(directory))
+        self._log = SaveLog()
+        self._last_step = -1
+        self._unfinished: SaveHandle | None = None
+        self._close_error: BaseException | None = None
+        self._keeper, self._helpers = start_threads(self.directory, lanes)
+        self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
+        self._lock = DirectoryLock(self._store.root)
+        try:
+            self._keeper.call(lambda: self._open(writer, lanes, double_checkpoint))
+        except BaseException:
+            # Behind the opening, which goes on if only its caller was interrupted.
+            self._keeper.call(self._lock.release)
+            self._end_threads()
+            raise
+
+    def _open(self, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
+        store = self._store
         store.create()
         # Before the lock file is made: a directory that is refused must stay as it was.
         self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
-        lock = DirectoryLock(store.root)
-        try:
-            self._protocol.read_markers()  # as they are now that nobody else can change them
-            direct = _choose_direct(store, writer)
-            self._writer = BackgroundWriter(store, self._protocol, direct=direct, lanes=lanes)
-        except BaseException:
-            lock.release()
-            raise
-        self._lock = lock
-        self._store = store
+        self._lock.acquire()
+        self._protocol.read_markers()  # as they are now that nobody else can change them
+        if self._protocol.committed is not None:
+            self._last_step = self._protocol.committed.step
+        direct = choose_direct(store, writer)
         self._writer_name = "direct" if direct else "tensorstore"
-        self._log = SaveLog()
-        self._capture = Capture(drain=self._log.drain, mode=snapshot)
-        self._last_step = self._protocol.committed.step if self._protocol.committed else -1
+        self._writer = Writer(
+            store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
+        )
 
     @property
     def directory(self) -> str:
@@ -130,7 +149,7 @@ class Checkpointer:
 
     @property
     def closed(self) -> bool:
-        return self._lock is None
+        return self._lock.is_released
 
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
         """Sets constant texts to store with every backup from now on.
@@ -196,35 +215,31 @@ class Checkpointer:
     ) -> SaveHandle:
         """`save`, for a state that is flat already.
 
-        Args:
-            step: As in `save`.
-            paths: Where each leaf belongs. Passing the same object again saves the
-                comparison.
-            leaves: The arrays.
-            metadata: As in `save`.
-            began_s: When the caller began, by `time.perf_counter`.
+        The same object as `paths` again saves the comparison. `began_s` says when the caller
+        began, by `time.perf_counter`.
         """
         began_s = time.perf_counter() if began_s is None else began_s
         self._check_usable()
         self.raise_failed()
-        step = self._check_step(step)
+        step = check_step(step, self._last_step, self.directory)
         training = encode_training(step, metadata)
-        snapshot = self._capture.begin(paths, leaves, block=self._when_busy == "wait")
+        handle = SaveHandle(step)
+        # Interrupted from here on, the save is left behind, and the next call settles it.
+        self._unfinished = handle
+        block = self._when_busy == "wait"
+        snapshot = self._capture.take(paths, leaves, handle.claim, block=block)
         if snapshot is None:
-            handle = SaveHandle(step, 0, skipped=True)
+            handle.skip()
         else:
-            handle = SaveHandle(step, snapshot.blueprint.plan.state_bytes)
-            # First, so that nothing else wants memory or cores while training waits for it. Of
-            # a state that is staged most is still on its way then, and written as it arrives.
-            try:
-                snapshot.complete()
-            except BaseException:
-                snapshot.release()
-                raise
-            self._writer.start(snapshot, handle, training, began_s)
-            self._last_step = step
+            handle.bytes = snapshot.blueprint.plan.state_bytes
+            request = SaveRequest(snapshot, handle, training, began_s)
+            # The step by which the save happens: before it nobody writes, after it somebody does.
+            self._keeper.put(functools.partial(self._writer.write, request))
+            self._last_step = handle.step
+            self._log.add(handle)
+        self._unfinished = None
         handle.stall_s = time.perf_counter() - began_s
-        self._log.add(handle)
+        self._log.add_cost(handle)
         return handle
 
     def restore(self) -> Backup | None:
@@ -240,8 +255,11 @@ class Checkpointer:
             CorruptBackupError: If there is one, but it cannot be read.
         """
         self._check_usable()
-        self.drain()
-        backup = restore_newest(self._store, self._protocol)
+        backup, lost = self._keeper.call(
+            lambda: restore_newest(self._store, self._protocol, self._helpers)
+        )
+        if lost:
+            warnings.warn(lost, stacklevel=2)
         self._last_step = -1 if backup is None else backup.step
         return backup
 
@@ -252,6 +270,7 @@ class Checkpointer:
             SaveFailedError: If one failed and nobody was told yet.
             TimeoutError: If they have not ended within `timeout_s` seconds altogether.
         """
+        self._settle()
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for handle in self._log.in_flight:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
@@ -263,6 +282,7 @@ class Checkpointer:
 
     def drain(self) -> None:
         """Returns when no save is in flight; failures stay to be raised."""
+        self._settle()
         self._log.drain()
 
     def raise_failed(self) -> None:
@@ -292,24 +312,37 @@ class Checkpointer:
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.
         """
-        if self._lock is None:
+        if not self._lock.is_held:  # closed already; or in a forked child: the parent's to end
+            self._lock.release()
             return
-        if not self._lock.is_held:  # in a forked child: the parent's to end
-            self._lock = None
+        self._settle()
+        # Closing goes on if its caller is interrupted. Called again it finds nothing to do.
+        self._keeper.call(lambda: self._shut(delete_backup=delete_backup))
+        for crew in (self._keeper, self._helpers):
+            crew.join()
+        if self._close_error is not None:
+            raise self._close_error
+        self.raise_failed()
+
+    def _shut(self, *, delete_backup: bool) -> None:
+        """Ends everything; saves in flight come before it in the keeper's queue."""
+        if not self._lock.is_held:
             return
-        # Interrupted here, it is still open and locked: a save may still be being written.
-        self._writer.close()
-        self._capture.close()
-        lock, self._lock = self._lock, None
+        delete_backup = delete_backup and not self._log.last_failed
         try:
-            delete_backup = delete_backup and not self._log.last_failed
             if delete_backup:
                 self._protocol.delete_all()
-        finally:
-            lock.release(remove=delete_backup)
-        if delete_backup:
+            self._capture.close()
+        except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
+            self._close_error = e
+        self._lock.release(remove=delete_backup and self._close_error is None)
+        if delete_backup and self._close_error is None:
             self._store.remove_empty_directory("")
-        self.raise_failed()
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        self._keeper.end()
+        self._helpers.end()
 
     def __enter__(self) -> Self:
         return self
@@ -328,19 +361,21 @@ class Checkpointer:
             error.add_note(f"stepsave: {e}")  # never hide the error that ends the loop
 
     def __del__(self) -> None:
-        if self._lock is not None and self._lock.is_held:
-            warnings.warn(
-                f"stepsave: the checkpointer of {self._store.root} was not closed. Use it in "
-                "a `with` statement or call `close()`.",
-                ResourceWarning,
-                stacklevel=1,
-                source=self,
-            )
-            self._writer.close()  # the next user must not find a save still being written
-            self._lock.release()
+        lock = getattr(self, "_lock", None)
+        if lock is None or not lock.is_held:
+            return
+        # The next user must not find a save still being written.
+        self._keeper.call(lambda: self._shut(delete_backup=False))
+        warnings.warn(
+            f"stepsave: the checkpointer of {self._store.root} was not closed. Use it in "
+            "a `with` statement or call `close()`.",
+            ResourceWarning,
+            stacklevel=1,
+            source=self,
+        )
 
     def _check_usable(self) -> None:
-        if self._lock is None:
+        if self.closed:
             raise CheckpointerClosedError(
                 f"The checkpointer of {self._store.root} is closed. Make a new one."
             )
@@ -349,31 +384,23 @@ class Checkpointer:
                 f"{self._store.root}: this checkpointer belongs to the parent of this forked "
                 "process. Use it there, or make one with another directory."
             )
+        self._settle()
 
-    def _check_step(self, step: int) -> int:
-        step = operator.index(step)
-        if step < 0 or step <= self._last_step:
-            raise ValueError(
-                f"Invalid value for argument `step`. Received: step={step}. Expected one "
-                f"greater than {self._last_step}, the step of the newest backup in "
-                f"{self._store.root}. Go on from `restore()`, or use another directory."
+    def _settle(self) -> None:
+        """Settles a save whose call was interrupted: it has happened, or it never will."""
+        handle = self._unfinished
+        if handle is None:
+            return
+        if is_running(_SAVE, self):
+            raise NestedCallError(
+                f"{self._store.root}: a checkpointer was used by a signal handler in the midst of "
+                "its own `save`. Have the handler note the signal, and act on it between two steps."
             )
-        return step
+        # One that is in the log was handed over, and is not to be taken back.
+        if handle in self._log or not handle.claim.drop():
+            self._last_step = handle.step
+            self._log.add(handle)
+        self._unfinished = None
 
 
-def _choose_direct(store: LocalStore, writer: WriterKind) -> bool:
-    if writer == "tensorstore":
-        return False
-    try:
-        works = store.can_write_direct()
-    except OSError as e:
-        raise BackupDirectoryError(
-            f"{store.root}: cannot write to the backup directory: {e.strerror or e}. Free space "
-            "on it, mend it, or choose another."
-        ) from e
-    if writer == "direct" and not works:
-        raise BackupDirectoryError(
-            f"{store.root}: its file system does not take direct writes (O_DIRECT). Use "
-            "writer='auto' or 'tensorstore'."
-        )
-    return works
+_SAVE = Checkpointer.save_leaves.__code__

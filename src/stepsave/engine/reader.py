@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
-import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +18,7 @@ from stepsave.format.records import DTYPES, Backup, BackupRecord, ChunkSpec, Lay
 from stepsave.format.tree import unflatten
 from stepsave.snapshot.arena import allocate_pages
 from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
 
 __all__ = ("read_backup", "restore_newest")
 
@@ -40,14 +39,16 @@ class _Shard:
     digest: int
 
 
-def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None:
+def restore_newest(
+    store: LocalStore, protocol: CommitProtocol, helpers: Crew
+) -> tuple[Backup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
-    Falls back whatever the error, with a warning that names what is lost, and tells the
-    protocol so.
+    Falls back whatever the error, and tells the protocol so.
 
     Returns:
-        The backup, or None if there never was one.
+        The backup, or None if there never was one; and a text that names what is lost if it is
+        not the newest.
 
     Raises:
         CorruptBackupError: If there is one, but none that can be read.
@@ -57,13 +58,13 @@ def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None
     error: Exception | None = protocol.problems.get(COMMIT)
     if newest is not None:
         try:
-            return read_backup(store, newest)
+            return read_backup(store, newest, helpers), ""
         except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
             error = e
     backup = None
     if previous is not None:
         try:
-            backup = read_backup(store, previous)
+            backup = read_backup(store, previous, helpers)
         except Exception as e:  # noqa: BLE001  as above
             if error is None:
                 error = e
@@ -72,16 +73,14 @@ def restore_newest(store: LocalStore, protocol: CommitProtocol) -> Backup | None
     if backup is None:
         if error is not None:
             raise _as_corrupt(store, error)
-        return None
+        return None, ""
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
-    warnings.warn(
-        f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
-        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}",
-        stacklevel=4,
-    )
     protocol.fall_back()
-    return backup
+    return backup, (
+        f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
+        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
+    )
 
 
 def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
@@ -92,7 +91,7 @@ def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     return wrapped
 
 
-def read_backup(store: LocalStore, record: BackupRecord) -> Backup:
+def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
     Sizes of all files are checked before memory is allocated.
@@ -115,7 +114,9 @@ def read_backup(store: LocalStore, record: BackupRecord) -> Backup:
     for number in range(plan.shard_count):
         _check_size(store, record, orbax.shard_path(number), plan.shard_bytes)
 
-    def read(number: int) -> Bytes:
+    shards: dict[int, Bytes] = {}
+
+    def read(number: int) -> None:
         shard = _read_shard(store, record, plan, number)
         if shard.digest != record.shard_digests[number]:
             path = store.path(f"{record.directory}/{orbax.shard_path(number)}")
@@ -123,11 +124,10 @@ def read_backup(store: LocalStore, record: BackupRecord) -> Backup:
                 f"{path}: expected the shard with digest {record.shard_digests[number]:08x}, "
                 f"found {shard.digest:08x}: a shard of another save. {_ADVICE}"
             )
-        return shard.data
+        shards[number] = shard.data
 
-    with concurrent.futures.ThreadPoolExecutor(_READ_THREADS) as executor:
-        shards = list(executor.map(read, range(plan.shard_count)))
-    leaves = _assemble(plan, shards)
+    helpers.share(range(plan.shard_count), read, helpers=_READ_THREADS - 1)
+    leaves = _assemble(plan, [shards[number] for number in range(plan.shard_count)])
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
     state = unflatten([leaf.path for leaf in plan.leaves], leaves)
     return Backup(record.step, state, training["metadata"])

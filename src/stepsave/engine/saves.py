@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-import threading
+from collections.abc import Iterable
 
 from stepsave.errors import SaveFailedError
 from stepsave.format.records import SaveStats
+from stepsave.snapshot.arena import Claim
+from stepsave.threads import Latch
 
 __all__ = ("SaveHandle", "SaveLog")
 
@@ -26,24 +28,28 @@ class SaveHandle:
         skipped: True if nothing was saved, because both arenas were in use.
     """
 
-    def __init__(self, step: int, size_bytes: int, *, skipped: bool = False) -> None:
+    def __init__(self, step: int) -> None:
         self.step = step
-        self.bytes = size_bytes
-        self.skipped = skipped
+        self.bytes = 0
+        self.skipped = False
         self.stall_s = 0.0
+        self.claim = Claim()  # on the arena
         self._durable_s: float | None = None
         self._error: BaseException | None = None
-        self._ended = threading.Event()
-        self._reported = False
-        if skipped:
-            self._ended.set()
+        self._ended = Latch()
+        self._is_told = False
+
+    def skip(self) -> None:
+        """Says that nothing is saved."""
+        self.skipped = True
+        self._ended.open()
 
     def __repr__(self) -> str:
         state = (
             "skipped"
             if self.skipped
             else "in flight"
-            if not self._ended.is_set()
+            if not self._ended.is_open
             else "failed"
             if self._error
             else f"durable after {self._durable_s:.3f} s"
@@ -58,7 +64,7 @@ class SaveHandle:
     @property
     def done(self) -> bool:
         """Whether the save has ended, well or badly."""
-        return self._ended.is_set()
+        return self._ended.is_open
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when the save is durable, or at once if it was skipped.
@@ -69,20 +75,27 @@ class SaveHandle:
         """
         if not self.wait_ended(timeout_s):
             raise TimeoutError(f"The save of step {self.step} has not ended after {timeout_s} s.")
-        self._reported = True
-        if self._error is not None:
-            raise self.failure() from self._error
+        self.raise_error()
 
     def wait_ended(self, timeout_s: float | None) -> bool:
         """Waits until the save has ended, well or badly; tells whether it has."""
         return self._ended.wait(timeout_s)
 
-    def take_error(self) -> BaseException | None:
-        """Returns the error of a failed save once, unless `wait` has raised it already."""
-        if not self._ended.is_set() or self._reported or self._error is None:
-            return None
-        self._reported = True
-        return self._error
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has ended, and the user knows it if it failed."""
+        return self.done and (self._error is None or self._is_told)
+
+    def raise_error(self) -> None:
+        """Raises `SaveFailedError` if the save failed."""
+        if self._error is None:
+            return
+        try:
+            raise self.failure() from self._error
+        except SaveFailedError:
+            # Told once it is raised, and not before: interrupted here, it is told again.
+            self._is_told = True
+            raise
 
     def failure(self) -> SaveFailedError:
         """The error to raise for a failed save, to be chained to its cause."""
@@ -95,17 +108,19 @@ class SaveHandle:
         """Says how the save ended. For the writer."""
         self._durable_s = durable_s
         self._error = error
-        self._ended.set()
+        self._ended.open()
 
 
 class SaveLog:
-    """The saves of one checkpointer: those in flight, and what all have cost."""
+    """The saves of one checkpointer: those in flight, and what all have cost.
+
+    The caller adds saves and asks; the thread that writes counts what becomes of them.
+    """
 
     def __init__(self) -> None:
-        self._in_flight: list[SaveHandle] = []
-        self._failed: list[SaveHandle] = []  # until the user was told
-        self._has_failed = False
-        self._counts: collections.Counter[str] = collections.Counter()
+        self._open: list[SaveHandle] = []  # in flight, or failed and nobody was told
+        self.last_failed = False
+        self._started = self._committed = self._failed = self._skipped = self._bytes = 0
         self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._stall_total_s = self._stall_max_s = 0.0
@@ -113,53 +128,60 @@ class SaveLog:
     @property
     def in_flight(self) -> list[SaveHandle]:
         """The saves that have not ended, oldest first."""
-        self._settle()
-        return list(self._in_flight)
+        return [handle for handle in self._open if not handle.done]
 
-    @property
-    def last_failed(self) -> bool:
-        """Whether the last save that ended failed."""
-        self._settle()
-        return self._has_failed
+    def __contains__(self, handle: SaveHandle) -> bool:
+        return handle in self._open
 
     def add(self, handle: SaveHandle) -> None:
-        """Takes note of a save that was begun, or skipped."""
+        """Takes note of a save that was begun; a second time changes nothing."""
+        if handle not in self._open:
+            self._open.append(handle)
+
+    def add_cost(self, handle: SaveHandle) -> None:
+        """Counts how long the caller was held up, or that the save was skipped."""
         if handle.skipped:
-            self._counts["skipped"] += 1
+            self._skipped += 1
             return
-        self._in_flight.append(handle)
-        self._counts["started"] += 1
-        self._counts["bytes"] += handle.bytes
         self._stalls_s.append(handle.stall_s)
         self._stall_total_s += handle.stall_s
         self._stall_max_s = max(self._stall_max_s, handle.stall_s)
 
+    def count_begin(self, handle: SaveHandle) -> None:
+        """For the thread that writes: a save was accepted."""
+        self._started += 1
+        self._bytes += handle.bytes
+
+    def count_end(self, durable_s: float | None) -> None:
+        """For the thread that writes: a save has ended."""
+        self.last_failed = durable_s is None
+        if durable_s is None:
+            self._failed += 1
+        else:
+            self._committed += 1
+            self._durables_s.append(durable_s)
+
     def drain(self) -> None:
         """Returns when no save is in flight; failures stay untold."""
-        for handle in self._in_flight:
+        for handle in self._open:
             handle.wait_ended(None)
 
     def raise_failed(self) -> None:
         """Raises `SaveFailedError` if a save failed and the user was not told yet."""
-        if not self._in_flight and not self._failed:
-            return
-        self._settle()
-        while self._failed:
-            handle = self._failed.pop(0)
-            error = handle.take_error()
-            if error is not None:
-                raise handle.failure() from error
+        if self._open:
+            self._open = [handle for handle in self._open if not handle.is_settled]
+        for handle in self._open:
+            if handle.done:
+                handle.raise_error()
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:
         """Sums up; medians are over the last thousand saves."""
-        self._settle()
-        counts = self._counts
         return SaveStats(
-            started=counts["started"],
-            committed=counts["committed"],
-            failed=counts["failed"],
-            skipped=counts["skipped"],
-            state_bytes=counts["bytes"],
+            started=self._started,
+            committed=self._committed,
+            failed=self._failed,
+            skipped=self._skipped,
+            state_bytes=self._bytes,
             stall_total_s=self._stall_total_s,
             stall_median_s=_median(self._stalls_s),
             stall_max_s=self._stall_max_s,
@@ -169,18 +191,7 @@ class SaveLog:
             writer=writer,
         )
 
-    def _settle(self) -> None:
-        """Counts the saves that have ended. They end in the order in which they began."""
-        while self._in_flight and self._in_flight[0].done:
-            handle = self._in_flight.pop(0)
-            self._has_failed = handle.durable_s is None
-            if handle.durable_s is None:
-                self._counts["failed"] += 1
-                self._failed.append(handle)
-            else:
-                self._counts["committed"] += 1
-                self._durables_s.append(handle.durable_s)
 
-
-def _median(values: collections.deque[float]) -> float:
+def _median(values: Iterable[float]) -> float:
+    values = list(values)  # in one step: another thread may add one
     return statistics.median(values) if values else math.nan

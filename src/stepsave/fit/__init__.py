@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stepsave import rng
 from stepsave.fit import keras_internals
 
-rng.hand_in_keras(keras_internals.read_global_seed, keras_internals.set_global_seed)
+
+def _read_global_seed() -> Any:
+    seed = keras_internals.global_seed()
+    return None if seed is None else keras_internals.to_numpy(seed).copy()
+
+
+rng.hand_in_keras(_read_global_seed, keras_internals.set_global_seed)

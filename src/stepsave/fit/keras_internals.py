@@ -69,12 +69,6 @@ def global_seed() -> Any:
     return getattr(global_state.get_global_attribute(_GLOBAL_SEED), "state", None)
 
 
-def read_global_seed() -> Any:
-    """A copy of that state on the host; None likewise. On a GPU it waits for what is queued."""
-    seed = global_seed()
-    return None if seed is None else to_numpy(seed).copy()
-
-
 def set_global_seed(value: Any) -> None:
     """Sets the state of Keras's global seed generator, and makes it if there is none."""
     if global_seed() is None:

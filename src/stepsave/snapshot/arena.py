@@ -7,13 +7,12 @@ touched in the background as soon as their size is known and never given back be
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import functools
+import itertools
 import mmap
 import os
-import threading
 import warnings
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ import numpy as np
 
 from stepsave.errors import ArenaMemoryError
 from stepsave.format.records import LayoutPlan
-from stepsave.snapshot.filling import Filling, Run, Source, compile_runs, digest_shard
+from stepsave.snapshot.filling import Filling
+from stepsave.snapshot.runs import Run, Source, compile_runs, digest_shard
+from stepsave.threads import Crew, Latch
 
-__all__ = ("Arena", "ArenaPool", "allocate_pages", "copy_thread_count")
+__all__ = ("Arena", "ArenaPool", "Claim", "allocate_pages", "copy_thread_count")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -71,46 +72,97 @@ class Arena:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.bytes = allocate_pages(capacity_bytes, inherited=False)
-        self._plan: LayoutPlan | None = None
-        self._runs: list[Run] = []
+        self.claim: Claim | None = None
+        self.filling: Filling | None = None  # the last one
+        # Both in one: no interruption leaves the views of one plan under the name of another.
+        self._bound: tuple[LayoutPlan, list[Run]] | None = None
 
     def touch(self, part: int, parts: int) -> None:
         """Makes a share of the pages present, so that no snapshot pays for page faults."""
         share_bytes = -(-self.capacity_bytes // parts // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         self.bytes[part * share_bytes : (part + 1) * share_bytes : mmap.PAGESIZE] = 0
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no save has a hold on it."""
+        return self.claim is None or self.claim.is_over
+
     def bind(self, plan: LayoutPlan) -> None:
         """Prepares the views through which a state of this plan is copied in."""
-        if self._plan is plan:
+        bound = self._bound
+        if bound is not None and bound[0] is plan:
             return
-        if self._plan is not None:
+        if bound is not None:
             # Gaps and chunk padding must be zeros, whatever another plan had there.
             self.bytes[:] = 0
-        self._plan = plan
-        self._runs = compile_runs(plan, self.bytes)
+        self._bound = plan, compile_runs(plan, self.bytes)
 
-    def begin(self, source: Source) -> Filling:
-        """Begins to fill the arena with a state of the bound plan; `Filling.work` does it."""
-        assert self._plan is not None
-        return Filling(self._runs, self._plan, source)
+    def begin(self, source: Source, *, is_led: bool = False) -> Filling:
+        """Begins to fill the arena with a state of the bound plan."""
+        assert self._bound is not None
+        plan, runs = self._bound
+        self.filling = Filling(runs, plan, source, is_led=is_led)
+        return self.filling
 
     def shard(self, number: int) -> Bytes:
         """The bytes of one shard of the bound plan."""
-        assert self._plan is not None
-        size_bytes = self._plan.shard_bytes
+        assert self._bound is not None
+        size_bytes = self._bound[0].shard_bytes
         return self.bytes[number * size_bytes : (number + 1) * size_bytes]
 
     def digest(self, number: int) -> int:
         """What `BackupRecord.shard_digests` describes, of a shard that is sealed."""
-        assert self._plan is not None
-        return digest_shard(self._plan, self.bytes, number)
+        assert self._bound is not None
+        return digest_shard(self._bound[0], self.bytes, number)
+
+
+_numbers = itertools.count()
+
+
+class Claim:
+    """A save's hold on an arena.
+
+    It ends when the state is on disk. If the call that claimed was interrupted before it handed
+    the save over, it ends too: whoever comes next drops it. Both sides ask in one step, so only
+    one of them gets it.
+    """
+
+    __slots__ = ("_fate", "number", "released")
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self._fate: dict[None, str] = {}
+        self.released = Latch()
+
+    @property
+    def is_over(self) -> bool:
+        return self.released.is_open
+
+    def accept(self) -> bool:
+        """For the thread that writes: whether the save is its to write."""
+        return self._fate.setdefault(None, "accepted") == "accepted"
+
+    def release(self) -> None:
+        """For the thread that writes: the arena may be used again."""
+        self.released.open()
+
+    def drop(self) -> bool:
+        """For the caller: whether the save is given up, and nobody will write it."""
+        is_dropped = self._fate.setdefault(None, "dropped") == "dropped"
+        if is_dropped:
+            self.released.open()
+        return is_dropped
 
 
 class ArenaPool:
-    """The arenas of one checkpointer: leases them out, one save each."""
+    """The arenas of one checkpointer: lends them out, one save each.
 
-    def __init__(self, plan: LayoutPlan) -> None:
-        """Allocates two arenas, or one when memory is short, and starts touching them.
+    Nothing here says which are free: that follows from the claims on them. So none is lost,
+    whatever is interrupted. Used by one thread; claims end on others.
+    """
+
+    def __init__(self, plan: LayoutPlan, crew: Crew) -> None:
+        """Allocates two arenas, or one when memory is short, and has the crew touch them.
 
         Raises:
             ArenaMemoryError: If not even one fits.
@@ -119,16 +171,13 @@ class ArenaPool:
         capacity_bytes *= _HUGE_PAGE_BYTES
         self._threads = copy_thread_count()
         self._arenas = _allocate(capacity_bytes)
-        self._free = list(self._arenas)
-        self._changed = threading.Condition()
-        self._helpers = concurrent.futures.ThreadPoolExecutor(
-            self._threads, thread_name_prefix="stepsave-copy"
-        )
-        self._touching = [
-            self._helpers.submit(arena.touch, part, self._threads)
-            for arena in self._arenas
-            for part in range(self._threads)
-        ]
+        self._crew = crew
+        self._touched: list[Latch] = []
+        for arena in self._arenas:
+            for part in range(self._threads):
+                touched = Latch()
+                crew.put(functools.partial(_touch, arena, part, self._threads, touched))
+                self._touched.append(touched)
 
     @property
     def count(self) -> int:
@@ -145,69 +194,67 @@ class ArenaPool:
 
     def wait_touched(self) -> None:
         """Returns when all pages are present."""
-        while self._touching:
-            self._touching.pop().result()
+        for touched in self._touched:
+            touched.wait()
 
-    def acquire(self, *, block: bool) -> Arena | None:
-        """Leases a free arena.
+    def acquire(self, claim: Claim, *, block: bool) -> Arena | None:
+        """Lends a free arena.
 
         Args:
-            block: Whether to wait for one; else None is returned when both are in use.
+            claim: Of the save; until it is over the arena is the save's.
+            block: Whether to wait for one; else None is returned when all are in use.
         """
         self.wait_touched()
-        with self._changed:
-            while not self._free:
-                if not block:
-                    return None
-                self._changed.wait()
-            return self._free.pop()
+        while True:
+            self._quiet_free()
+            for arena in self._arenas:
+                if arena.is_free:
+                    arena.claim = claim
+                    return arena
+            if not block:
+                return None
+            # Saves are written in the order in which they were begun: the other one is later.
+            claims = [arena.claim for arena in self._arenas if arena.claim is not None]
+            min(claims, key=lambda claim: claim.number).released.wait()
+
+    def close(self) -> None:
+        """Returns when nobody uses the memory any more. It goes when the last view of it does."""
+        self.wait_touched()
+        self._quiet_free()
+
+    def _quiet_free(self) -> None:
+        """Ends what an interrupted call may have left going on in arenas that are free."""
+        for arena in self._arenas:
+            if arena.is_free and arena.filling is not None:
+                arena.filling.give_up()
 
     def bind(self, plan: LayoutPlan) -> None:
         """Prepares the free arenas for states of this plan, so that no save pays for it."""
         self.wait_touched()
-        with self._changed:
-            for arena in self._free:
+        for arena in self._arenas:
+            if arena.is_free:
                 arena.bind(plan)
 
     def fill(self, filling: Filling) -> None:
         """Returns when a state is in its arena; the calling thread copies too."""
-        with _failing(filling):
-            self._call_helpers(filling)
-            filling.work()
-            filling.wait()
+        self._call_helpers(filling)
+        filling.work()
 
-    def fill_later(self, filling: Filling) -> None:
-        """Has a state copied into its arena by background threads."""
-        with _failing(filling):
-            self._helpers.submit(filling.work)
-            self._call_helpers(filling)
+    def lead(self, filling: Filling) -> None:
+        """Has threads of the crew copy a state into its arena."""
+        self._crew.put(filling.lead)
+        self._call_helpers(filling)
 
     def _call_helpers(self, filling: Filling) -> None:
         for _ in range(self._threads - 1):
-            self._helpers.submit(filling.help)  # what it raises, all who wait for it raise
-
-    def release(self, arena: Arena, filling: Filling | None = None) -> None:
-        """Gives a leased arena back, when no thread fills it any more."""
-        if filling is not None:
-            filling.wait_ended()
-        with self._changed:
-            self._free.append(arena)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Ends the helper threads. The memory goes when the last view of it does."""
-        self.wait_touched()
-        self._helpers.shutdown()
+            self._crew.put(filling.help)  # what it raises, all who wait for it raise
 
 
-@contextlib.contextmanager
-def _failing(filling: Filling) -> Generator[None]:
-    """Gives a state up if the body raises: nobody must wait for what nobody fills."""
+def _touch(arena: Arena, part: int, parts: int, touched: Latch) -> None:
     try:
-        yield
-    except BaseException as e:
-        filling.fail(e)
-        raise
+        arena.touch(part, parts)
+    finally:
+        touched.open()
 
 
 def _allocate(capacity_bytes: int) -> list[Arena]:

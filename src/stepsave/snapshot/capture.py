@@ -17,7 +17,7 @@ import numpy as np
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.layout import compile_layout
 from stepsave.format.records import LeafSpec
-from stepsave.snapshot.arena import Arena, ArenaPool
+from stepsave.snapshot.arena import Arena, ArenaPool, Claim
 from stepsave.snapshot.arrays import (
     ArrayForm,
     HostArray,
@@ -28,6 +28,7 @@ from stepsave.snapshot.arrays import (
 )
 from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
+from stepsave.threads import Crew
 
 __all__ = ("Capture", "Snapshot")
 
@@ -43,41 +44,57 @@ class Snapshot:
 
     Attributes:
         blueprint: The layout that it lies in the arena by.
-        arena: The buffer, leased until `release` is called.
+        arena: The buffer, the save's as long as its claim is not over.
         filling: How far it has come.
-        complete: Returns when the state may be changed.
-        release: Gives the arena back.
     """
 
     blueprint: Blueprint
     arena: Arena
     filling: Filling
-    complete: Callable[[], None]
-    release: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Structure:
+    """What is compiled once per structure of the state.
+
+    One object, replaced as a whole: an interruption leaves the one before or this one.
+    """
+
+    paths: Paths
+    dtypes: list[np.dtype[Any]]
+    shapes: list[tuple[int, ...]]
+    split: list[int]  # leaves of several chunks
+    blueprint: Blueprint
+
+    def fits(self, paths: Paths, arrays: Views) -> bool:
+        if paths is not self.paths and list(paths) != list(self.paths):
+            return False
+        # Two lists, compared in C: a model has thousands of variables.
+        return [array.dtype for array in arrays] == self.dtypes and [
+            array.shape for array in arrays
+        ] == self.shapes
 
 
 class Capture:
-    """Takes snapshots. Used by one thread; arenas may be released by another."""
+    """Takes snapshots. Used by one thread, which may be interrupted anywhere."""
 
-    def __init__(self, drain: Callable[[], None], mode: SnapshotMode = "auto") -> None:
+    def __init__(self, crew: Crew, drain: Callable[[], None], mode: SnapshotMode = "auto") -> None:
         """Makes nothing yet: all sizes follow from the first state.
 
         Args:
+            crew: Threads that help to copy.
             drain: Waits until no snapshot is in use, before arenas are made anew.
             mode: Where snapshots are taken.
         """
+        self._crew = crew
         self._mode: SnapshotMode = mode
         self._stager: Stager | None = None
         self._is_chosen = False
         self._filling: Filling | None = None
         self._drain = drain
         self._pool: ArenaPool | None = None
-        self._blueprint: Blueprint | None = None
+        self._structure: _Structure | None = None
         self._items: Mapping[str, Mapping[str, str]] = {}
-        self._paths: Paths = ()
-        self._dtypes: list[np.dtype[Any]] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._split: list[int] = []  # leaves of several chunks
 
     @property
     def arena_count(self) -> int:
@@ -90,46 +107,50 @@ class Capture:
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
         """Sets the constant checkpointables of all blueprints from now on."""
         if items != self._items:
+            self._structure = None
             self._items = items
-            self._blueprint = None
 
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
         """Compiles the layout and makes the arenas, all pages present."""
         arrays = self._view(paths, unwrap(leaves))
-        pool, blueprint = self._fit(paths, arrays, device_name(leaves))
-        pool.bind(blueprint.plan)
+        pool, structure = self._fit(paths, arrays, device_name(leaves))
+        pool.bind(structure.blueprint.plan)
         if self._stager is not None:
             self._stager.prepare(unwrap(leaves))
 
-    def begin(self, paths: Paths, leaves: Sequence[Any], *, block: bool) -> Snapshot | None:
-        """Begins a snapshot; `Snapshot.complete` makes it independent of the state.
+    def take(
+        self, paths: Paths, leaves: Sequence[Any], claim: Claim, *, block: bool
+    ) -> Snapshot | None:
+        """Takes a snapshot. On return the state may be changed.
+
+        It is in the arena then; or, of a state that is staged, most is still on its way.
 
         Args:
             paths: Where each leaf belongs. The same object again saves the comparison.
             leaves: The arrays.
+            claim: Of the save that the snapshot is for.
             block: Whether to wait for a free arena; else None is returned if there is none.
         """
         # Before anything is asked of the device: a save to be skipped must cost nothing.
-        arena = self._pool.acquire(block=block) if self._pool else None
+        arena = self._pool.acquire(claim, block=block) if self._pool else None
         if self._pool is not None and arena is None:
             return None
-        pool, blueprint = self._pool, self._blueprint
-        try:
-            leaves = unwrap(leaves)
-            arrays = self._view(paths, leaves)
-            if pool is None or blueprint is None or not self._fits(paths, arrays):
-                if pool is not None and arena is not None:
-                    pool.release(arena)
-                    arena = None
-                pool, blueprint = self._fit(paths, arrays, device_name(leaves))
-                arena = pool.acquire(block=True)
-            assert arena is not None
-            arena.bind(blueprint.plan)
-            return self._lease(blueprint, pool, arena, self._source(leaves, arrays, arena))
-        except BaseException:
-            if pool is not None and arena is not None:
-                pool.release(arena)
-            raise
+        leaves = unwrap(leaves)
+        arrays = self._view(paths, leaves)
+        lender = self._pool
+        pool, structure = self._fit(paths, arrays, device_name(leaves))
+        if arena is None or pool is not lender:  # the arenas were made anew
+            arena = pool.acquire(claim, block=True)
+        assert arena is not None
+        arena.bind(structure.blueprint.plan)
+        source = self._source(leaves, arrays, structure, arena)
+        waits = self._stager is None or self._stager.blocks
+        filling = self._filling = arena.begin(source, is_led=not waits)
+        if waits:
+            pool.fill(filling)
+        else:
+            pool.lead(filling)
+        return Snapshot(structure.blueprint, arena, filling)
 
     def close(self) -> None:
         """Lets go of the arenas. No snapshot may be in use."""
@@ -154,75 +175,61 @@ class Capture:
         if self._stager is not None and not self._stager.accepts(leaves):
             self._drain()
             self._stager.close()
-            self._stager, self._is_chosen = None, False
+            self._is_chosen, self._stager = False, None
         if not self._is_chosen:
             self._stager = choose_stager(leaves, self._mode)
-            self._is_chosen = True
             self._pin()
+            self._is_chosen = True
         if self._stager is None:
             return view_on_host(paths, leaves)
         return self._stager.describe(paths, leaves)
 
-    def _source(self, leaves: Sequence[Any], arrays: Views, arena: Arena) -> Source:
-        assert self._blueprint is not None
+    def _source(
+        self, leaves: Sequence[Any], arrays: Views, structure: _Structure, arena: Arena
+    ) -> Source:
         if self._stager is None:
             views = cast("list[HostArray]", arrays)
-            for leaf in self._split:  # it is read once per chunk
+            for leaf in structure.split:  # it is read once per chunk
                 views[leaf] = np.ascontiguousarray(views[leaf])
             return views.__getitem__
         if self._filling is not None:
-            self._filling.wait_ended()  # there is one copy on the device
-        return self._stager.begin(leaves, self._blueprint.plan, arena.bytes)
+            self._filling.wait_quiet()  # there is one copy on the device
+        return self._stager.begin(leaves, structure.blueprint.plan, arena.bytes)
 
-    def _lease(
-        self, blueprint: Blueprint, pool: ArenaPool, arena: Arena, source: Source
-    ) -> Snapshot:
-        filling = self._filling = arena.begin(source)
-        waits = self._stager is None or self._stager.blocks
-        complete = pool.fill if waits else pool.fill_later
-        return Snapshot(
-            blueprint,
-            arena,
-            filling,
-            complete=lambda: complete(filling),
-            release=lambda: pool.release(arena, filling),
-        )
-
-    def _fits(self, paths: Paths, arrays: Views) -> bool:
-        if self._blueprint is None:
-            return False
-        if paths is not self._paths and list(paths) != list(self._paths):
-            return False
-        # Two lists, compared in C: a model has thousands of variables.
-        return [array.dtype for array in arrays] == self._dtypes and [
-            array.shape for array in arrays
-        ] == self._shapes
-
-    def _fit(self, paths: Paths, arrays: Views, device: str | None) -> tuple[ArenaPool, Blueprint]:
-        """Returns arenas and a blueprint for these arrays, those in use if they fit."""
-        if self._pool is not None and self._blueprint is not None and self._fits(paths, arrays):
-            return self._pool, self._blueprint
+    def _fit(
+        self,
+        paths: Paths,
+        arrays: Views,
+        device: str | None,
+    ) -> tuple[ArenaPool, _Structure]:
+        """Returns arenas and what was compiled for these arrays, those in use if they fit."""
+        pool, structure = self._pool, self._structure
+        if pool is not None and structure is not None and structure.fits(paths, arrays):
+            return pool, structure
         specs = [
             LeafSpec(path, array.shape, dtype_name(path, array))
             for path, array in zip(paths, arrays, strict=True)
         ]
         plan = compile_layout(specs)
-        if self._pool is not None:
+        if structure is not None:
             _logger.debug(
                 "the structure of the state changed: layout compiled anew, %d arrays, %d shards",
                 len(specs),
                 plan.shard_count,
             )
-        if self._pool is not None and self._pool.capacity_bytes < plan.arena_bytes:
+        if pool is not None and pool.capacity_bytes < plan.arena_bytes:
             self._drain()
             self._drop_pool()  # before new ones are made: there may be no room for both
-        if self._pool is None:
-            self._pool = ArenaPool(plan)
+            pool = None
+        if pool is None:
+            pool = self._pool = ArenaPool(plan, self._crew)
             self._pin()
-        self._blueprint = Blueprint.compile(plan, self._items, device)
-        self._paths = paths
-        self._dtypes = [array.dtype for array in arrays]
-        self._shapes = [array.shape for array in arrays]
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
-        self._split = [leaf for leaf, count in chunks.items() if count > 1]
-        return self._pool, self._blueprint
+        structure = self._structure = _Structure(
+            paths,
+            [array.dtype for array in arrays],
+            [array.shape for array in arrays],
+            [leaf for leaf, count in chunks.items() if count > 1],
+            Blueprint.compile(plan, self._items, device),
+        )
+        return pool, structure

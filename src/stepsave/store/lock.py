@@ -24,30 +24,35 @@ _held_guard = threading.Lock()
 
 
 class DirectoryLock:
-    """Holds a directory until `release`, or until the process dies."""
+    """Holds a directory from `acquire` until `release`, or until the process dies."""
 
     def __init__(self, directory: Path) -> None:
+        """Takes nothing yet."""
+        self._directory = directory
+        self._path = directory / LOCK_NAME
+        self._pid = os.getpid()
+        self._fd: int | None = None
+        self.is_released = False
+
+    def acquire(self) -> None:
         """Takes the lock.
 
         Raises:
             DirectoryBusyError: If a live process, this one included, holds it.
             BackupDirectoryError: If the lock file cannot be used.
         """
-        self._directory = directory
-        self._path = directory / LOCK_NAME
-        self._pid = os.getpid()
         with _held_guard:
             # Before anything is opened: closing *any* descriptor of the file would drop
             # the lock that this process may already hold.
-            if directory in _held:
+            if self._directory in _held:
                 raise DirectoryBusyError(
-                    f"{directory}: another checkpointer of this process uses this directory. "
-                    "Close it first, or give each its own directory."
+                    f"{self._directory}: another checkpointer of this process uses this "
+                    "directory. Close it first, or give each its own directory."
                 )
-            self._fd: int | None = self._acquire()
-            _held.add(directory)
+            self._fd = self._open()
+            _held.add(self._directory)
 
-    def _acquire(self) -> int:
+    def _open(self) -> int:
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as e:
@@ -85,10 +90,12 @@ class DirectoryLock:
             remove: Whether to remove the lock file too, while it is still locked.
         """
         if self._fd is None or os.getpid() != self._pid:
+            self.is_released = True  # never held; or held by the parent of this forked process
             return
         with _held_guard:
             if remove:
                 self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = None
+            self.is_released = True
             _held.discard(self._directory)

@@ -1,0 +1,65 @@
+"""Exceptions in the midst of code of ours, as a signal handler raises them."""
+
+import contextlib
+import os
+import signal
+import sys
+
+import stepsave
+
+SOURCE = os.path.dirname(stepsave.__file__) + os.sep
+
+
+class Interrupted(BaseException):
+    """Like `KeyboardInterrupt`: no `Exception`, raised where nobody expects it."""
+
+
+@contextlib.contextmanager
+def interrupted_at_line(number):
+    """Raises `Interrupted` when this thread begins the n-th line of stepsave in the body.
+
+    Yields a list that is empty until it is raised, then has the file and the line.
+    """
+    raised = []
+    left = number
+
+    def trace_lines(frame, event, _):
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raised.append(
+                    f"{os.path.relpath(frame.f_code.co_filename, SOURCE)}:{frame.f_lineno}"
+                )
+                raise Interrupted
+        return trace_lines
+
+    def trace_calls(frame, event, _):
+        del event
+        return trace_lines if frame.f_code.co_filename.startswith(SOURCE) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        yield raised
+    finally:
+        sys.settrace(before)
+
+
+@contextlib.contextmanager
+def interrupted_after(first_s, again_s=0.0):
+    """Raises `Interrupted` in the main thread after a time, and again and again if asked for."""
+    armed = True
+
+    def interrupt(*_):
+        if armed:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, first_s, again_s)
+        yield
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
