@@ -14,23 +14,24 @@ class Interrupted(BaseException):
     """Like `KeyboardInterrupt`: no `Exception`, raised where nobody expects it."""
 
 
+class Countdown:
+    """How many lines are left, and where it was raised."""
+
+    def __init__(self, left):
+        self.left = left
+        self.raised_at = None
+
+
 @contextlib.contextmanager
 def interrupted_at_line(number):
-    """Raises `Interrupted` when this thread begins the n-th line of stepsave in the body.
-
-    Yields a list that is empty until it is raised, then has the file and the line.
-    """
-    raised = []
-    left = number
+    """Raises `Interrupted` when this thread begins the n-th line of stepsave in the body."""
+    countdown = Countdown(number)
 
     def trace_lines(frame, event, _):
-        nonlocal left
         if event == "line":
-            left -= 1
-            if left == 0:
-                raised.append(
-                    f"{os.path.relpath(frame.f_code.co_filename, SOURCE)}:{frame.f_lineno}"
-                )
+            countdown.left -= 1
+            if countdown.left == 0:
+                countdown.raised_at = frame.f_code.co_filename, frame.f_lineno
                 raise Interrupted
         return trace_lines
 
@@ -41,7 +42,7 @@ def interrupted_at_line(number):
     before = sys.gettrace()
     sys.settrace(trace_calls)
     try:
-        yield raised
+        yield countdown
     finally:
         sys.settrace(before)
 

@@ -29,11 +29,11 @@ def enumerate_lines(make_body):
     for number in range(1, 5000):
         body, check = make_body()
         try:
-            with interrupted_at_line(number) as raised:
+            with interrupted_at_line(number) as countdown:
                 body()
         except Interrupted:
             check()
-        if not raised:
+        if countdown.raised_at is None:
             return number - 1
     raise AssertionError("no end of lines")
 

@@ -127,10 +127,10 @@ def test_the_state_of_jax_is_where_it_is_read():
 
 def test_the_global_seed_generator_can_be_read_and_set():
     keras.random.uniform((2,))
-    seed = keras_internals.to_numpy(keras_internals.global_seed().value).copy()
-    first = keras_internals.to_numpy(keras.random.uniform((4,)))
+    seed = keras.ops.convert_to_numpy(keras_internals.global_seed().value).copy()
+    first = keras.ops.convert_to_numpy(keras.random.uniform((4,)))
     keras_internals.set_global_seed(seed)
-    again = keras_internals.to_numpy(keras.random.uniform((4,)))
+    again = keras.ops.convert_to_numpy(keras.random.uniform((4,)))
     assert first.tobytes() == again.tobytes()
 
 

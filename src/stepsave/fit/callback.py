@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import numbers
 import os
 import threading
@@ -17,9 +18,10 @@ from stepsave.engine.arguments import check_choice, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
 from stepsave.errors import DirectoryBusyError
 from stepsave.fit import keras_internals
+from stepsave.fit.copies import FreshCopies
 from stepsave.fit.keras_internals import RunningFit, is_in_fit
 from stepsave.fit.keras_names import KerasFiles
-from stepsave.fit.loop import FitLoop, tell
+from stepsave.fit.loop import FitLoop, forget_interrupted, tell
 from stepsave.fit.open_directories import take_directory
 from stepsave.fit.preemption import PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq
@@ -32,13 +34,14 @@ __all__ = ("BackupAndRestore",)
 
 
 # Neither the data nor the end of such a `fit` is known: signals would go astray after it.
+
 _UNKNOWN_FIT = (
     "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
     'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
 )
 
 
-class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
+class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
     """Backs up the training state in the background and restores it after an interruption.
 
     A drop-in for `keras.callbacks.BackupAndRestore`. Training waits only until the state is
@@ -52,11 +55,9 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         model.fit(x, y, epochs=10, callbacks=[backup])
         ```
 
-    Attributes:
-        async_safe: Tells Keras that this callback does not forbid asynchronous dispatch.
-            What Keras may then run on another thread only notes a number.
     """
 
+    # Asynchronous dispatch is not forbidden: what may run on another thread notes a number.
     async_safe = True
 
     def __init__(
@@ -126,11 +127,13 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self.snapshot: SnapshotMode = snapshot
         self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
         self.verbose = verbose
+        self._begin_fresh()
+
+    def _forget_fit(self) -> None:
         self._saver: Checkpointer | None = None
         self._close_at_exit: weakref.finalize[Any, Any] | None = None
         self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
         self._last_stats: SaveStats | None = None
-        self._ended_guard = threading.Lock()
         self._signals: PreemptionSignals | None = None
         self._reset()
 
@@ -147,7 +150,8 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._in_epoch = False
         self._saved_step = 0
         self._batch_begun = 0
-        self._batches_ended = 0  # as told, perhaps from Keras's dispatch threads
+        # As told, perhaps from several of Keras's dispatch threads, which come in any order.
+        self._ended: collections.deque[int] = collections.deque([0], maxlen=1000)
         self._end: Cut | None = None  # of the epoch's batches
         self._before_validation: BeforeValidation | None = None
 
@@ -161,6 +165,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         model = self._trained_model()
         saver = self._open()
         fit = keras_internals.find_fit(model)
+        forget_interrupted(model, fit, self)
         exact = self.resume == "batch"
         if fit is None and (exact or self.save_before_preemption):
             warnings.warn(_UNKNOWN_FIT, stacklevel=2)
@@ -195,16 +200,17 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             self._signals.remove()
         if self._loop is not None:
             self._loop.stop()
-        saver, self._saver = self._saver, None
+        saver = self._saver
         if saver is None or saver.closed:
             return
         self._last_records = (saver.committed, saver.previous)
-        if self._close_at_exit is not None:
-            self._close_at_exit.detach()
         try:
             saver.close(delete_backup=self.delete_checkpoint)
         finally:
             self._last_stats = saver.stats()
+            if saver.closed and self._close_at_exit is not None:
+                self._close_at_exit.detach()
+        self._saver = None
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
@@ -214,7 +220,8 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             self._progress.go_on_at(self._restored.position.batch)
         self._restored = None
         self._in_epoch = True
-        self._batches_ended = self._batch_begun = 0
+        self._ended = collections.deque([0], maxlen=1000)
+        self._batch_begun = 0
         self._end = None
         if self._state is not None:
             self._state.begin_epoch()
@@ -227,14 +234,13 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
 
     def after_epoch_end(self, epoch: int) -> None:
         """Called when all callbacks know that the epoch has ended; they have changed the rate."""
-        self._progress.advance(self._batches_ended)  # it may have been stopped within
+        self._progress.advance(max(self._ended))  # it may have been stopped within
         self._in_epoch = False
         if self.save_freq == "epoch" or self._progress.save_is_due:
             self._save(epoch + 1, 0)
         self._end_if_preempted(epoch + 1, 0)
 
-    # With `resume="batch"`, saves are made at cuts: see `fit_loop`. Otherwise as early as
-    # Keras's callback would make them, in the hooks below.
+    # With `resume="batch"` saves are made at cuts, see `loop`; otherwise as early as Keras's would.
 
     def at_cut(self, batches_done: int) -> None:
         """Called when so many batches of the epoch are done, and all callbacks know."""
@@ -268,8 +274,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        with self._ended_guard:
-            self._batches_ended = max(self._batches_ended, batch + 1)
+        self._ended.append(batch + 1)  # one step, and no lock: see `stepsave.threads`
         if self._loop is not None or threading.get_ident() != self._fit_thread:
             return  # dispatched asynchronously: the next step may already be running
         self._last_batch_seen = batch
@@ -284,11 +289,11 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             # Dispatch threads may not have told of the last batch yet. That it has ended is
             # certain; how many batches it was, only where each execution is one.
             single = self._trained_model().steps_per_execution == 1
-            self._advance_and_save(max(self._batches_ended, self._batch_begun + 1 if single else 0))
+            self._advance_and_save(max(*self._ended, self._batch_begun + 1 if single else 0))
         elif self._signals is not None:
             # A callback may have ended the epoch within; then there was no cut.
             keras_internals.flush(self._loop.callbacks)
-            self._progress.advance(self._batches_ended)
+            self._progress.advance(max(self._ended))
             # Where Keras learns the length by reading on, nothing was begun after the last batch.
             end = self._end or Cut.take(self._loop)
             self._before_validation = BeforeValidation.take(self._trained_model(), end)
@@ -318,15 +323,15 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         if progress.global_step <= self._saved_step:
             return  # an epoch without batches: this state is saved already
         position = TrainingPosition(progress.global_step, epoch, batch, progress.steps)
-        metadata, arrays = state.describe(position, self._siblings(), self._before_validation)
-        paths, leaves = state.leaves(saver, arrays, self._before_validation)
+        before = self._before_validation
+        metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
         at = f"Epoch {progress.epoch + 1}"
         if handle.skipped:
             self._tell(f"{at}: backup skipped, the disk is still busy")
             return
-        self._saved_step = step = position.global_step
-        self._tell(f"{at}: saving backup of step {step} to {self.backup_dir}")
+        self._saved_step = position.global_step
+        self._tell(f"{at}: saving backup of step {self._saved_step} to {self.backup_dir}")
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver
@@ -341,8 +346,10 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
         if self._signals is not None:
             self._signals.remove()  # of a fit that raised
         signals = PreemptionSignals(self.preemption_signals, is_in_fit(fit, model))
-        self._signals = signals if signals.install() else None
         weakref.finalize(self, signals.remove).atexit = False
+        self._signals = signals  # before, so that an interruption leaves it to the next `fit`
+        if not signals.install():
+            self._signals = None
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)
@@ -357,7 +364,7 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
             self._loop.resume(restored.resume(model, self._siblings))
             if restored.stopped:  # by a callback: no epoch is left
                 epoch = max(epoch, int((self.params or {}).get("epochs") or epoch))
-        keras_internals.set_initial_epoch(model, epoch)
+        keras_internals.set_initial_epoch(model, epoch, owner=self)
         # From what was restored, not from 0: or a second interruption would rewind.
         self._current_epoch = epoch
         self._progress.begin_epoch(epoch, None)
@@ -380,8 +387,9 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
     def _trained_model(self) -> Any:
         # Not `self.model`: on JAX that property puts the state back into the variables at
         # each access. torch's DistributedDataParallel wraps the model.
-        model = self._model
-        return getattr(model, "module", model) if _is_wrapped(model) else model
+        model: Any = self._model
+        is_wrapped = type(model).__name__ == "DistributedDataParallel"
+        return model.module if is_wrapped else model
 
     def _steps_per_epoch(self) -> int | None:
         steps = (self.params or {}).get("steps")
@@ -390,7 +398,3 @@ class BackupAndRestore(KerasFiles, keras.callbacks.Callback):
     def _tell(self, message: str) -> None:
         if self.verbose:
             tell(f"\n{message}")
-
-
-def _is_wrapped(model: Any) -> bool:
-    return type(model).__name__ == "DistributedDataParallel"

@@ -28,17 +28,29 @@ class _Epoch(int):
     `fit` reads `self._initial_epoch or initial_epoch`, and would take the user's for a 0.
     """
 
+    owner: Any = None
+
     def __bool__(self) -> bool:
         return True
 
 
-def set_initial_epoch(model: Any, epoch: int | None) -> None:
-    """Says where `fit` begins; None for where its caller says.
+def set_initial_epoch(model: Any, epoch: int | None, owner: Any = None) -> None:
+    """Says where `fit` begins, for a callback, the owner; None for where its caller says.
 
-    The one way for a callback: Keras's own `BackupAndRestore` does the same, and all three
-    `fit`s read it right after `on_train_begin`. Without it training would start over.
+    The one way: all three `fit`s read it after `on_train_begin`, or training would start over.
     """
-    model._initial_epoch = None if epoch is None else _Epoch(epoch)
+    model._initial_epoch = None
+    if epoch is not None:
+        begin = _Epoch(epoch)
+        begin.owner = weakref.ref(owner)
+        model._initial_epoch = begin
+
+
+def forget_initial_epoch(model: Any, others: Iterable[Any]) -> None:
+    """Forgets what an interrupted `fit` has left: what no other callback of this one has set."""
+    left = getattr(model, "_initial_epoch", None)
+    if isinstance(left, _Epoch) and not any(left.owner() is other for other in others):
+        model._initial_epoch = None
 
 
 def jax_state(model: Any) -> dict[str, Any] | None:
@@ -78,19 +90,11 @@ def set_global_seed(value: Any) -> None:
         seed.assign(value)
 
 
-def to_numpy(value: Any) -> Any:
-    """The value of a variable on the host."""
-    return keras.ops.convert_to_numpy(value)
-
-
 def build_metrics(model: Any, batch: Any) -> None:
     """Makes the variables of the metrics exist, which Keras on TensorFlow makes in a step.
 
-    Without it metrics of a resumed epoch count only the batches after the resume.
-
-    Args:
-        model: A built and compiled model.
-        batch: A batch of its training data; only shapes and dtypes matter.
+    Without it metrics of a resumed epoch count only the batches after the resume. Only shapes
+    and dtypes of the batch matter.
     """
     build = getattr(model, "_symbolic_build", None)
     if build is not None:
@@ -167,7 +171,7 @@ def silent(callbacks: Any) -> Generator[None, None, None]:
 def flush(callbacks: Any) -> None:
     """Waits until the callbacks that Keras calls on other threads have been called.
 
-    Only callbacks that are marked `async_safe` are; without it their state may lag behind.
+    Only callbacks marked `async_safe` are; without it their state may lag behind.
     """
     wait = getattr(callbacks, "_flush_futures", None)
     if getattr(callbacks, "_async_train", False) and wait is not None:
@@ -315,10 +319,7 @@ def skip_slices(adapter: Any, count: int) -> bool:
     """Has the next stream of arrays on JAX yield `count` empty batches first.
 
     Their indices are drawn, as they cost nothing and may come from a random generator; the
-    arrays are not sliced.
-
-    Returns:
-        Whether the adapter lets that be done.
+    arrays are not sliced. Returns whether the adapter lets that be done.
     """
     original = getattr(type(adapter), "_get_iterator", None)
     if original is None:
@@ -382,8 +383,7 @@ def take_shuffle(adapter: Any) -> bool:
 def wrap_py_dataset(adapter: Any, wrapped: Any) -> Callable[[], None]:
     """Puts something in the place of a PyDataset, for the adapter and its workers.
 
-    Returns:
-        What puts the dataset back, and the workers' order too.
+    Returns what puts the dataset and the workers' order back.
     """
     enqueuer = getattr(adapter, "enqueuer", None)
     holders = [adapter] if enqueuer is None else [adapter, enqueuer]

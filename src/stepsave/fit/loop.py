@@ -33,7 +33,7 @@ from stepsave.fit.keras_internals import EpochData, RunningFit
 from stepsave.fit.sources import Source, source_for
 from stepsave.rng import RngState
 
-__all__ = ("FitLoop", "Listener", "tell")
+__all__ = ("FitLoop", "Listener", "forget_interrupted", "tell")
 
 _logger = logging.getLogger("stepsave")
 
@@ -352,6 +352,13 @@ class FitLoop:
         """
         with pretended_steps.no_training(self._model()), keras_internals.silent(self.callbacks):
             yield begin, end, itertools.repeat(None)
+
+
+def forget_interrupted(model: Any, fit: RunningFit | None, callback: Any) -> None:
+    """Clears from a model what a `fit` that was interrupted may have left there."""
+    pretended_steps.put_back(model)
+    others = [] if fit is None else fit.callbacks.callbacks
+    keras_internals.forget_initial_epoch(model, [c for c in others if c is not callback])
 
 
 def _capture() -> dict[str, Any]:

@@ -73,7 +73,9 @@ class PreemptionSignals:
             _logger.info("Not on the main thread: signals of a preemption are not handled.")
             return False
         for signum in self._signals:
-            self._previous[signum] = signal.signal(signum, self._note)
+            # Noted first: interrupted in between, `remove` finds nothing of ours to undo.
+            self._previous[signum] = signal.getsignal(signum)
+            signal.signal(signum, self._note)
         return True
 
     def remove(self) -> None:

@@ -11,7 +11,20 @@ from typing import Any
 
 from stepsave.fit import keras_internals
 
-__all__ = ("no_batch", "no_training", "or_end")
+__all__ = ("no_batch", "no_training", "or_end", "put_back")
+
+_STANDS_FOR = "stepsave_stands_for"
+
+
+def put_back(model: Any) -> None:
+    """Puts the model's own step back, if a `fit` was interrupted so that a stand-in was left."""
+    stand_in = getattr(model, "train_function", None)
+    model.train_function = getattr(stand_in, _STANDS_FOR, stand_in)
+
+
+def _stand_in(model: Any, stand_in: Callable[..., Any], train: Any) -> None:
+    setattr(stand_in, _STANDS_FOR, train)
+    model.train_function = stand_in
 
 
 @contextlib.contextmanager
@@ -33,8 +46,8 @@ def or_end(model: Any, callbacks: Any) -> Generator[Callable[[], bool], None, No
         hidden.enter_context(keras_internals.silent(callbacks))
         return (logs, args[0]) if len(args) > 1 else logs
 
-    model.train_function = train_or_end
     try:
+        _stand_in(model, train_or_end, train)
         with contextlib.ExitStack() as hidden:
             yield lambda: ended
     finally:
@@ -53,8 +66,8 @@ def no_batch(model: Any) -> Generator[None, None, None]:
     def find_end(*_: Any) -> Any:
         raise StopIteration
 
-    model.train_function = find_end
     try:
+        _stand_in(model, find_end, train)
         yield
     finally:
         model.train_function = train
@@ -68,8 +81,8 @@ def no_training(model: Any) -> Generator[None, None, None]:
     def pretend(*args: Any) -> Any:
         return (logs, args[0]) if len(args) > 1 else logs  # JAX: state, iterator
 
-    model.train_function = pretend
     try:
+        _stand_in(model, pretend, train)
         yield
     finally:
         model.train_function = train

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
@@ -55,7 +56,9 @@ class BeforeValidation:
 
     @classmethod
     def take(cls, model: Any, end: Cut) -> BeforeValidation:
-        metrics = {id(v): keras_internals.to_numpy(v.value).copy() for v in model.metrics_variables}
+        metrics = {
+            id(v): np.array(keras.ops.convert_to_numpy(v.value)) for v in model.metrics_variables
+        }
         return cls(end, metrics)
 
 
@@ -97,19 +100,21 @@ class FitState:
     def prepare(self, saver: Checkpointer) -> None:
         """Makes layout and buffers before the first step, so that no save pays for them."""
         prepare_model(self._model, None)
-        paths, leaves = self.leaves(saver, (), None)
+        paths, leaves = self._leaves(saver, (), None)
         self._variables_checked = False
         saver.prepare_leaves(paths, leaves)
 
-    def describe(
+    def contents(
         self,
+        saver: Checkpointer,
         position: TrainingPosition,
         siblings: Sequence[Any],
         before: BeforeValidation | None,
-    ) -> tuple[dict[str, Any], list[Any]]:
-        """Returns the metadata of a backup, and arrays that belong to it.
+    ) -> tuple[dict[str, Any], Sequence[tuple[str, ...]], list[Any]]:
+        """Returns all that a backup holds: metadata, and arrays with their paths.
 
         Args:
+            saver: Who saves it.
             position: Where training is.
             siblings: The other callbacks.
             before: What to take from before validation, if that is going on.
@@ -117,6 +122,16 @@ class FitState:
         Raises:
             InvalidStateError: If the state of a callback cannot be saved.
         """
+        metadata, arrays = self._describe(position, siblings, before)
+        return metadata, *self._leaves(saver, arrays, before)
+
+    def _describe(
+        self,
+        position: TrainingPosition,
+        siblings: Sequence[Any],
+        before: BeforeValidation | None,
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Returns the metadata of a backup, and arrays that belong to it."""
         model, loop = self._model, self._loop
         arrays: list[Any] = []
         document: dict[str, Any] = {
@@ -141,7 +156,7 @@ class FitState:
         }
         return document, arrays
 
-    def leaves(
+    def _leaves(
         self, saver: Checkpointer, arrays: Sequence[Any], before: BeforeValidation | None
     ) -> tuple[Sequence[tuple[str, ...]], list[Any]]:
         """Returns the paths and values of all that is saved as arrays."""

@@ -1,0 +1,140 @@
+"""A `fit` interrupted at any instant: the next one in the same process goes on, exactly."""
+
+import copy
+import gc
+import pickle
+import random
+import signal
+
+import keras
+import numpy as np
+import pytest
+from interrupting import Interrupted, interrupted_after, interrupted_at_line
+
+from stepsave import BackupAndRestore
+
+POINTS = 24
+ROWS = np.arange(48, dtype="float32").reshape(12, 4)
+
+
+def make_model():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [keras.layers.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+    )
+    model.compile("adam", "mse")
+    return model
+
+
+def train(model, callback):
+    return model.fit(
+        ROWS, ROWS[:, :3], batch_size=3, epochs=2, verbose=0, callbacks=[callback],
+        validation_data=(ROWS[:3], ROWS[:3, :3]),
+    )  # fmt: skip
+
+
+def weights_of(model):
+    return [np.array(weight).tobytes() for weight in model.get_weights()]
+
+
+def backup(backup_dir, **options):
+    return BackupAndRestore(backup_dir, 1, save_before_preemption=True, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The weights, and how many lines of stepsave such a training runs."""
+    lines = 0
+    model = make_model()
+    with interrupted_at_line(10**9) as countdown:
+        train(model, backup(tmp_path_factory.mktemp("whole")))
+        lines = 10**9 - countdown.left
+    return weights_of(model), lines
+
+
+def goes_on(model, callback, expected):
+    """Trains on in the same process, and looks at what is left of both fits."""
+    train(model, callback)
+    assert weights_of(model) == expected
+    assert model._initial_epoch is None
+    assert not hasattr(model.train_function, "stepsave_stands_for")
+
+
+@pytest.mark.parametrize("point", range(POINTS))
+@pytest.mark.parametrize("again", ["new objects", "the same objects"])
+def test_a_fit_interrupted_at_any_line_of_ours_goes_on(backup_dir, uninterrupted, point, again):
+    expected, lines = uninterrupted
+    chance = random.Random(f"{point} {again}")
+    first, last = lines * point // POINTS, lines * (point + 1) // POINTS
+    model, callback = make_model(), backup(backup_dir)
+    try:
+        with interrupted_at_line(chance.randrange(first, last) + 1):
+            train(model, callback)
+    except Interrupted:
+        if again == "new objects":
+            model, callback = make_model(), backup(backup_dir)
+        elif not backup_dir.exists() or not list(backup_dir.glob("[0-9]*")):
+            model = make_model()  # nothing was saved: the weights are those of a part of an epoch
+        goes_on(model, callback, expected)
+    else:
+        assert weights_of(model) == expected
+    # Not before: the traceback kept the interrupted callback alive, and with it its handler.
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupted(
+    backup_dir, uninterrupted
+):
+    """Wherever the interrupt comes, in Keras and its backend too."""
+    expected, _ = uninterrupted
+    chance = random.Random(5)
+    interrupted = 0
+    for _ in range(30):
+        model, callback = make_model(), backup(backup_dir, delete_checkpoint=False)
+        try:
+            with interrupted_after(chance.uniform(0.01, 0.4)):
+                train(model, callback)
+            break
+        except Interrupted:
+            interrupted += 1
+    model, callback = make_model(), backup(backup_dir)
+    goes_on(model, callback, expected)
+    assert interrupted
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_is_a_fresh_callback_with_the_same_arguments(
+    backup_dir, tmp_path, how, uninterrupted
+):
+    expected, _ = uninterrupted
+    original = backup(backup_dir, verbose=0, when_busy="skip", delete_checkpoint=False)
+    for used in (False, True):
+        if used:
+            model = make_model()
+            train(model, original)
+        copied = how(original)
+        assert type(copied) is BackupAndRestore
+        assert (copied.backup_dir, copied.save_freq, copied.when_busy) == (
+            str(backup_dir),
+            1,
+            "skip",
+        )
+        assert copied._saver is None
+        assert copied.stats() is None
+        assert copied.model is None
+    copied.backup_dir = str(tmp_path / "of the copy")
+    model = make_model()
+    train(model, copied)
+    assert weights_of(model) == expected
+
+
+class Named(BackupAndRestore):
+    def __init__(self, name, *arguments):
+        super().__init__(*arguments)
+        self._name = name
+
+
+def test_a_copy_of_a_subclass_keeps_what_that_has_added(backup_dir):
+    copied = copy.deepcopy(Named("mine", backup_dir, 2))
+    assert (copied._name, copied.save_freq) == ("mine", 2)
