@@ -8,37 +8,45 @@ BACKENDS := jax tensorflow torch
 OLDEST_KERAS := keras==3.14.0
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-engine test-keras test-oldest-keras test-docs exact-table lint format bench clean
+.PHONY: demo test test-all exact-table lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
 
-# The engine's tests run once; those of the callback once per backend, in processes of their own.
-test: test-engine test-keras test-oldest-keras test-docs
+# What a newcomer waits for: each test that is quick, on all backends, each in its own process.
+test: $(VENV)/.test
+	@set -e; $(call part,the engine without Keras,tests/format tests/store tests/snapshot \
+	  tests/engine tests/test_*.py -n 2 --dist loadfile $(QUICK)); \
+	for backend in $(BACKENDS); do \
+	  export KERAS_BACKEND=$$backend; \
+	  $(call part,the callback on $$backend,tests/fit -n 2 $(QUICK)); \
+	done; \
+	export KERAS_BACKEND=jax; \
+	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 $(QUICK))
 
-test-engine: $(VENV)/.test
-	$(PYTEST) tests/format tests/store tests/snapshot tests/engine tests/test_*.py -n 2 --dist loadfile
-
-test-keras: $(VENV)/.test
+# Everything: the whole matrix of exact resume, benchmarks, and the oldest Keras that is admitted.
+test-all: test $(VENV)/.oldest-keras
 	@set -e; for backend in $(BACKENDS); do \
-	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/fit --ignore-glob="*/test_exact_*" -n 2; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/fit/test_exact_*.py -n 2; \
+	  export KERAS_BACKEND=$$backend; \
+	  $(call part,the rest on $$backend,tests/fit -n 2 $(SLOW)); \
+	done; \
+	export KERAS_BACKEND=jax; \
+	$(call part,the benchmarks,tests/docs $(SLOW)); \
+	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
+	for backend in $(BACKENDS); do \
+	  export KERAS_BACKEND=$$backend; \
+	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 $(QUICK)); \
 	done
 
-# Exact resume depends on how Keras works inside, so also with the oldest Keras that is admitted.
-# Interrupted by exceptions only, for time; `make test-oldest-keras OLDEST=` runs the whole matrix.
-OLDEST ?= -k "not SIGKILL and not SIGTERM"
-test-oldest-keras: $(VENV)/.oldest-keras
-	@set -e; for backend in $(BACKENDS); do \
-	  echo "== KERAS_BACKEND=$$backend with $(OLDEST_KERAS)"; \
-	  PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras KERAS_BACKEND=$$backend $(PYTEST) -n 2 \
-	    tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
-	    tests/fit/test_preemption.py tests/fit/test_sources.py $(OLDEST); \
-	done
+QUICK := -m "not slow"
+SLOW := -m slow
+# Exact resume depends on how Keras works inside. `make test-all QUICK=` runs all of it there too.
+OLDEST_TESTS := tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
+  tests/fit/test_preemption.py tests/fit/test_sources.py
 
-test-docs: $(VENV)/.test
-	KERAS_BACKEND=jax $(PYTEST) tests/demo tests/docs
+# Says what runs, and how long it took.
+part = echo "== $(1)"; begun=$$(date +%s); $(PYTEST) $(2); \
+  echo "-- $(1): $$(( $$(date +%s) - begun )) s"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

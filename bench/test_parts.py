@@ -16,9 +16,10 @@ from stepsave.format.blueprint import Blueprint
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import compile_layout, decode_layout, encode_layout
 from stepsave.format.records import LeafSpec
-from stepsave.snapshot.arena import ArenaPool
+from stepsave.snapshot.arena import ArenaPool, Claim, copy_thread_count
 from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
+from stepsave.threads import Crew
 
 STATE_BYTES = 100_000_000
 ARRAYS = 25
@@ -45,9 +46,9 @@ def plan(arrays):
 
 @pytest.fixture
 def arena(plan, arrays):
-    pool = ArenaPool(plan)
+    pool = ArenaPool(plan, Crew(copy_thread_count(), "bench"))
     pool.bind(plan)
-    arena = pool.acquire(block=True)
+    arena = pool.acquire(Claim(), block=True)
     fill(pool, arena, arrays)
     yield arena
     pool.close()
@@ -73,9 +74,9 @@ def test_floor_memcpy_by_two_threads(benchmark):
 
 @pytest.mark.benchmark(group="copy 100 MB")
 def test_capture_into_an_arena(benchmark, plan, arrays):
-    pool = ArenaPool(plan)
+    pool = ArenaPool(plan, Crew(copy_thread_count(), "bench"))
     pool.bind(plan)
-    arena = pool.acquire(block=True)
+    arena = pool.acquire(Claim(), block=True)
     benchmark(fill, pool, arena, arrays)
     pool.close()
 

@@ -65,7 +65,10 @@ def test_the_published_tables_and_pictures_are_made_from_the_committed_results(t
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: run publish"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("engine", "restore") else [pytest.mark.slow]) for n in RUNS],
+)
 def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tmp_path):
     run(*RUNS[name], "--results", str(tmp_path), "--directory", str(tmp_path))
     found = results_of(tmp_path)

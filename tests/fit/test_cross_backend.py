@@ -19,6 +19,8 @@ from keras_support import (
 
 import stepsave
 
+pytestmark = pytest.mark.slow  # starts the other backends, which `make test` runs by themselves
+
 OPTIMIZER = "adam"  # two slots per variable
 OTHERS = [backend for backend in BACKENDS if backend != BACKEND]
 

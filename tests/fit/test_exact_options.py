@@ -192,9 +192,9 @@ def test_the_history_is_that_of_the_epochs_run_now_or_of_all(tmp_path):
 # Averaged weights that are swapped in for validation, or between epochs.
 
 
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
+@pytest.mark.parametrize("swap_on_epoch", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["middle", "epoch end", "validation"])
-@pytest.mark.parametrize("how", ["exception", "SIGTERM"])
+@pytest.mark.parametrize("how", ["exception", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_swapped_averages_are_resumed_exactly(swap_on_epoch, where, how, tmp_path):
     model = optimizer(use_ema=True)
 

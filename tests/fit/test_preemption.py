@@ -257,6 +257,7 @@ print(step_numbers(model), history.epoch)
 """
 
 
+@pytest.mark.slow
 def test_a_plain_script_ends_without_a_traceback_and_goes_on_when_run_again(backup_dir):
     out, err = Child(_SCRIPT, backup_dir, "kill").wait(returncode=Preempted.EXIT_CODE)
     assert out == ""

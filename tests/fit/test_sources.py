@@ -130,6 +130,7 @@ print("all equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes over devices with JAX here")
 def test_data_that_is_distributed_over_devices_is_gone_on_with_exactly(tmp_path):
     flags = "--xla_force_host_platform_device_count=2"

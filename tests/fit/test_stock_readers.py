@@ -285,6 +285,7 @@ print("all equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes over devices with JAX here")
 def test_a_model_on_four_devices_is_saved_and_read(backup_dir):
     flags = "--xla_force_host_platform_device_count=4"

@@ -79,8 +79,9 @@ class Filling:
             while not self.is_complete:
                 self._check()
                 self._gone.get()  # what is open, a helper has taken
-        except BaseException as e:
-            self._error = self._error or e
+        except BaseException:
+            # Not the error itself: its traceback would keep alive whatever the caller had.
+            self._error = self._error or InterruptedError("the caller gave the save up")
             raise
         finally:
             self._source = None  # while views of a JAX array live, donating it is a copy
