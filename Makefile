@@ -60,7 +60,7 @@ format: $(VENV)/.lint
 
 # Runs the matrix of exact resume and makes docs/exact-resume.md from what passed.
 exact-table: $(VENV)/.test
-	$(BIN)/python -m bench.exact
+	$(BIN)/python -m bench.publish.exact
 
 # Measures on this machine, keeps the raw JSON, and makes the published tables from it.
 bench: $(VENV)/.test

@@ -18,13 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import machine, publish
+from bench import machine
 from bench.common import RESULTS
+from bench.publish import __main__ as publish
 
 SWEPT = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 SCALED = ("stepsave", "keras", "orbax_keras_tuned")
 TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
-TEST_PARTS = Path(__file__).with_name("test_parts.py")
+TEST_PARTS = Path(__file__).parent / "saves/test_parts.py"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,11 +47,11 @@ def _fits(group: str, arguments: str, subjects: tuple[str, ...] = ()) -> Run:
 
 
 RUNS = (
-    Run("engine", "bench.engine"),
-    Run("engine", "bench.first"),
-    Run("engine", "bench.variables"),
-    Run("engine", "bench.writers"),
-    Run("engine", "bench.restore"),
+    Run("engine", "bench.saves.engine"),
+    Run("engine", "bench.saves.first"),
+    Run("engine", "bench.saves.variables"),
+    Run("engine", "bench.saves.writers"),
+    Run("engine", "bench.saves.restore"),
     _fits("fits", "--backend jax --repeats 13"),
     _fits("fits", "--backend tensorflow --repeats 5"),
     _fits("fits", "--backend torch --repeats 5"),
@@ -59,7 +60,7 @@ RUNS = (
     _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 60"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     # Not 10,000 variables: Orbax takes half an hour to have its calls counted.
-    Run("resources", "bench.resources", "--counts 100 1000"),
+    Run("resources", "bench.saves.resources", "--counts 100 1000"),
     Run("resume", "bench.resume", "--backend jax"),
     Run("resume", "bench.resume", "--backend tensorflow"),
     Run("resume", "bench.resume", "--backend torch"),

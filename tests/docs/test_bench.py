@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 RUNS = {
-    "engine": ["bench.engine", "--quick"],
+    "engine": ["bench.saves.engine", "--quick"],
     "fits": [
         "bench.fits",
         "--quick",
@@ -23,7 +23,7 @@ RUNS = {
         "copy_write",
         "keras",
     ],
-    "restore": ["bench.restore", "--quick"],
+    "restore": ["bench.saves.restore", "--quick"],
     "resume": [
         "bench.resume",
         "--quick",
@@ -111,12 +111,12 @@ def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_pat
 def test_the_table_of_exact_resume_is_the_generated_one():
     import json
 
-    from bench import exact
+    from bench.publish import exact
 
     assert exact.TABLE.read_text() == exact.table(json.loads(exact.JSON.read_text()))
 
 
 def test_every_cell_that_was_tested_is_exact():
-    from bench import exact
+    from bench.publish import exact
 
     assert "not exact" not in exact.TABLE.read_text()

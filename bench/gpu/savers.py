@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import stepsave
-from bench.gpu_loop import State, Subject
+from bench.gpu.loop import State, Subject
 
 Mode = Literal["auto", "device", "host"]
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, floors, machine
+from bench import common, machine
 from bench.common import ARRAY_BYTES, FRAMEWORKS, RESULTS, UNSTEADY
+from bench.saves import floors
 from bench.stats import spread
 
 __all__ = ("RESULTS", "Subject", "main", "measure", "summarize")
@@ -31,10 +32,10 @@ FLOORS = {
     "durable": "raw write",
 }
 OTHERS = {
-    "--restore": "bench.restore",
-    "--many-variables": "bench.variables",
-    "--first": "bench.first",
-    "--writers": "bench.writers",
+    "--restore": "bench.saves.restore",
+    "--many-variables": "bench.saves.variables",
+    "--first": "bench.saves.first",
+    "--writers": "bench.saves.writers",
 }
 QUICK = {"megabytes": 20, "rounds": 5}
 

@@ -76,7 +76,7 @@ def _nothing(_directory: Path, _every: int) -> list[Any]:
 
 
 def _sync(_directory: Path, _every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.SyncDispatch()]
 
@@ -92,13 +92,13 @@ def _idle(directory: Path, _every: int) -> list[Any]:
 
 
 def _copy(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.CopyOnly(directory, save_freq=every, delete_checkpoint=False)]
 
 
 def _copy_write(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.CopyAndWrite(directory, save_freq=every, delete_checkpoint=False)]
 
@@ -112,7 +112,7 @@ def _bare(_directory: Path, _every: int) -> list[Any]:
 def _keras(directory: Path, every: int) -> list[Any]:
     import keras
 
-    from bench import peers
+    from bench.fits import peers
 
     callback = keras.callbacks.BackupAndRestore(
         str(directory), save_freq=every, delete_checkpoint=False
@@ -123,7 +123,7 @@ def _keras(directory: Path, every: int) -> list[Any]:
 def _model_checkpoint(directory: Path, every: int) -> list[Any]:
     import keras
 
-    from bench import peers
+    from bench.fits import peers
 
     callback = keras.callbacks.ModelCheckpoint(
         str(directory / WEIGHTS_FILE), save_weights_only=True, save_freq=every
@@ -132,61 +132,61 @@ def _model_checkpoint(directory: Path, every: int) -> list[Any]:
 
 
 def _orbax_keras(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.orbax_keras(directory, every, compress=True)]
 
 
 def _orbax_keras_tuned(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.orbax_keras(directory, every, compress=False)]
 
 
 def _orbax_async(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.OrbaxAsync(directory, every)]
 
 
 def _dcp(directory: Path, every: int) -> list[Any]:
-    from bench import peers
+    from bench.fits import peers
 
     return [peers.Dcp(directory, every)]
 
 
 def _load_stepsave(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_stepsave(directory, workload)
 
 
 def _load_keras(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_weights(directory / "latest.weights.h5", workload)
 
 
 def _load_model_checkpoint(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_weights(directory / WEIGHTS_FILE, workload)
 
 
 def _load_orbax_keras(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_weights(directory, workload)
 
 
 def _load_orbax_async(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_orbax(directory, workload)
 
 
 def _load_dcp(directory: Path, workload: Any) -> Any:
-    from bench import peers
+    from bench.fits import peers
 
     return peers.load_dcp(directory, workload)
 

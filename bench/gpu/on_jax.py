@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.gpu_loop import State, Subject
-from bench.gpu_savers import Floor, Stepsave, stepsave_subjects
-from bench.gpu_shape import Shape
+from bench.gpu.loop import State, Subject
+from bench.gpu.savers import Floor, Stepsave, stepsave_subjects
+from bench.gpu.shape import Shape
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "orbax-checkpoint")
 LEARNING_RATE = 1e-3

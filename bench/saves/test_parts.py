@@ -1,6 +1,6 @@
 """The parts of a save, each by itself, by pytest-benchmark.
 
-    python -m pytest bench/test_parts.py --benchmark-only
+    python -m pytest bench/saves/test_parts.py --benchmark-only
 
 Speed is compared within one run; nothing here passes or fails on a time.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import stepsave
-from bench import floors
+from bench.saves import floors
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import compile_layout, decode_layout, encode_layout

@@ -1,14 +1,15 @@
 """How many background threads should write? One, two, and as many as come by default.
 
-The same rounds as in `bench.engine`, floors included, with a checkpointer for each number.
+The same rounds as in `bench.saves.engine`, floors included, with a checkpointer for each number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import common, engine
+from bench import common
 from bench.common import FRAMEWORKS
+from bench.saves import engine
 
 VARIANTS = {
     "1 writer": {"writer_threads": 1},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.collected import Collected, Result, markdown_table, ms, number, percent_over
-from bench.targets import FRAMEWORK_NAMES
+from bench.publish.collected import Collected, Result, markdown_table, ms, number, percent_over
+from bench.publish.targets import FRAMEWORK_NAMES
 
 NONE_YET = (
     'Not measured yet. `snapshot="device"` and transfers to pinned memory are tested bit for bit, '

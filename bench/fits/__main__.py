@@ -19,8 +19,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench import common, fit_summary, floors, machine
-from bench.subjects import ALL_BACKENDS, SUBJECTS, saves_made
+from bench import common, machine
+from bench.fits import summary as fit_summary
+from bench.fits.subjects import ALL_BACKENDS, SUBJECTS, saves_made
+from bench.saves import floors
 
 MEMCPY_PER_FIT = 3
 OURS = ("none", "sync", "idle", "stepsave")  # without these there is nothing to compare with
@@ -80,7 +82,7 @@ class Rounds:
             print(f"FAILED: {key}", file=sys.stderr)
 
     def _fit(self, key: str, number: int, place: int) -> None:
-        from bench.probe import dispatches_async, timed_fit
+        from bench.fits.probe import dispatches_async, timed_fit
 
         options = self._options
         directory = self._fresh_directory()
@@ -109,8 +111,8 @@ class Rounds:
         shutil.rmtree(directory)
 
     def _verify(self, key: str) -> None:
-        from bench import peers
-        from bench.workload import snapshot
+        from bench.fits import peers
+        from bench.fits.workload import snapshot
 
         every = min(self._options.every, 5)
         directory = self._fresh_directory()
@@ -205,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["KERAS_BACKEND"] = options.backend  # before Keras is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    from bench.workload import prepare
+    from bench.fits.workload import prepare
 
     workload = prepare(
         options.megabytes,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench import resume_table
-from bench.collected import (
+from bench.fits.subjects import SUBJECTS
+from bench.publish import resume_table
+from bench.publish.collected import (
     BACKEND_NAMES,
     Collected,
     Result,
@@ -16,8 +17,7 @@ from bench.collected import (
     subject,
     times,
 )
-from bench.subjects import SUBJECTS
-from bench.targets import FRAMEWORK_NAMES
+from bench.publish.targets import FRAMEWORK_NAMES
 
 NOT_MEASURED = "Not measured on this machine."
 

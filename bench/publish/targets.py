@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from bench.collected import BACKEND_NAMES, Collected, number, subject
-from bench.subjects import SUBJECTS
+from bench.fits.subjects import SUBJECTS
+from bench.publish.collected import BACKEND_NAMES, Collected, number, subject
 
 FLOORS = ("copy", "copy_write")
 FRAMEWORK_NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch"}

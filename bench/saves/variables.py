@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, floors, machine
+from bench import common, machine
 from bench.common import FRAMEWORKS, UNSTEADY
+from bench.saves import floors
 from bench.stats import spread
 
 MEMCPY_PER_ROUND = 3

@@ -1,7 +1,7 @@
 """What does a save cost beside time? CPU, memory, what it leaves behind, syscalls, calls.
 
 Every figure comes from a fresh process (`--child`) that does nothing but save. How each is
-measured is in `bench.usage`, what is compared in `bench.savers`.
+measured is in `bench.saves.usage`, what is compared in `bench.saves.savers`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import common, machine, syscalls
+from bench import common, machine
 from bench.common import ARRAY_BYTES
-from bench.savers import PEERS, SUBJECTS
+from bench.saves import syscalls
+from bench.saves.savers import PEERS, SUBJECTS
+from bench.saves.usage import PROBES, SIDES, WARM_UP, Task
 from bench.stats import spread
-from bench.usage import PROBES, SIDES, WARM_UP, Task
 
 MEMORY_SLACK_BYTES = 64 << 20
 SMALL_ARRAYS = 1000
@@ -102,7 +103,7 @@ class Children:
         prefix: Sequence[str] = (),
     ) -> Found:
         with tempfile.TemporaryDirectory(dir=self._where) as directory:
-            command = [*prefix, sys.executable, "-m", "bench.resources", "--child", probe]
+            command = [*prefix, sys.executable, "-m", "bench.saves.resources", "--child", probe]
             command += ["--subjects", name, "--arrays", str(arrays), "--saves", str(saves)]
             command += ["--array-bytes", str(array_bytes), "--directory", directory]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)

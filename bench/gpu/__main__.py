@@ -29,8 +29,8 @@ from typing import Any
 
 from bench import machine
 from bench.common import RESULTS, write
-from bench.gpu_loop import Clock, measure, state_bytes, step_time_s
-from bench.gpu_shape import Shape
+from bench.gpu.loop import Clock, measure, state_bytes, step_time_s
+from bench.gpu.shape import Shape
 from bench.stats import spread
 
 FRAMEWORKS = ("jax", "torch")
@@ -50,7 +50,7 @@ NO_GPU = (
 def run_size(options: argparse.Namespace) -> dict[str, Any]:
     """One framework and one size, in this process: floors, then each subject in its turn."""
     clock = Clock.of(options.budget_s - START_S)
-    lab = importlib.import_module(f"bench.gpu_{options.framework}")
+    lab = importlib.import_module(f"bench.gpu.on_{options.framework}")
     if not (lab.has_accelerator() or options.allow_cpu):
         raise SystemExit(NO_GPU.format(framework=options.framework, device=lab.device_name()))
     size_bytes = round(options.size * 1e9)
@@ -173,7 +173,7 @@ def run_child(framework: str, size: float, budget_s: float, options: Any) -> dic
 
 
 def _python_path() -> str:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     paths = [str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(path for path in paths if path)
 

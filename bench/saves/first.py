@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, floors, machine
+from bench import common, machine
 from bench.common import ARRAY_BYTES, FRAMEWORKS
+from bench.saves import floors
 from bench.stats import spread
 
 QUICK = {"megabytes": 20, "rounds": 4}
@@ -108,7 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run_child(framework: str, options: argparse.Namespace, where: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.first", "--child", framework, "--directory", where]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.saves.first",
+        "--child",
+        framework,
+        "--directory",
+        where,
+    ]
     command += ["--megabytes", str(options.megabytes), "--later", str(options.later)]
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])

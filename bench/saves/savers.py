@@ -114,7 +114,7 @@ class Floor:
         self._path = directory / "floor"
 
     def prepare(self, state: State) -> None:
-        from bench.floors import PAGE_BYTES, private_memory
+        from bench.saves.floors import PAGE_BYTES, private_memory
 
         size_bytes = sum(array.nbytes for array in state.values())
         self._memory = private_memory(-(-size_bytes // PAGE_BYTES) * PAGE_BYTES)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from bench.collected import Collected, Result
-from bench.subjects import SUBJECTS
+from bench.fits.subjects import SUBJECTS
+from bench.publish.collected import Collected, Result
 
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 226, 62, 52  # what is left around the plot

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from bench.probe import Probe, device_sync
+from bench.fits.probe import Probe, device_sync
 from stepsave.fit.variables import ModelVariables
 
 LAYERS = 25  # trainable; each has a weight and two Adam slots

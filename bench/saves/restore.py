@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 import stepsave
-from bench import cold, common, floors, machine
+from bench import common, machine
+from bench.saves import cold, floors
 from bench.stats import spread
 
 WARM, FRESH = "raw read warm", "raw read fresh"

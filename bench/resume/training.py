@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 import stepsave
-from bench.probe import device_sync
-from bench.resume_data import BATCH, SEED, SOURCES, VALUES, Images
+from bench.fits.probe import device_sync
+from bench.resume.data import BATCH, SEED, SOURCES, VALUES, Images
 from stepsave.fit.keras_internals import EpochData, find_fit
 
 NEVER = 1_000_000_000

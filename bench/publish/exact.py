@@ -1,7 +1,7 @@
 """Runs the matrix of exact resume, and makes docs/exact-resume.md from what passed.
 
-python -m bench.exact            # runs the tests on all backends: about ten minutes
-python -m bench.exact --publish  # only makes the table from docs/exact-resume.json
+python -m bench.publish.exact            # runs the tests on all backends: about ten minutes
+python -m bench.publish.exact --publish  # only makes the table from docs/exact-resume.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 JSON = DOCS / "exact-resume.json"
 TABLE = DOCS / "exact-resume.md"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.collected import BACKEND_NAMES, Collected, Result, markdown_table, number
+from bench.publish.collected import BACKEND_NAMES, Collected, Result, markdown_table, number
 
 DATA_PACKAGES = ("grain", "torchdata")
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import common, machine
-from bench.resume_data import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES, Images
+from bench.fits.subjects import ALL_BACKENDS
+from bench.resume.data import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES, Images
 from bench.stats import spread
-from bench.subjects import ALL_BACKENDS
 
 NEAR = 2  # batches before the near resume
 FAR, NEAR_RESUME, READ = "far", "near", "read_s"
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["KERAS_BACKEND"] = options.backend  # before Keras is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    from bench.resume_fit import Training
+    from bench.resume.training import Training
 
     batches = options.batch * 6 // 5  # so that what is read ahead does not end near the place
     with tempfile.TemporaryDirectory(dir=options.directory) as where:

@@ -12,9 +12,9 @@ import torch
 import torch.utils.checkpoint
 from torch.nn import functional
 
-from bench.gpu_loop import State, Subject
-from bench.gpu_savers import Floor, Stepsave, stepsave_subjects
-from bench.gpu_shape import Shape
+from bench.gpu.loop import State, Subject
+from bench.gpu.savers import Floor, Stepsave, stepsave_subjects
+from bench.gpu.shape import Shape
 
 PACKAGES = ("torch",)
 

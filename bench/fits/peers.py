@@ -1,6 +1,6 @@
 """Callbacks for systems that bring none for Keras, and stock loaders for what all wrote.
 
-Imports Keras: set `KERAS_BACKEND` first. How each is set up is in `bench.subjects`.
+Imports Keras: set `KERAS_BACKEND` first. How each is set up is in `bench.fits.subjects`.
 """
 
 # ruff: noqa: ARG002  Keras calls hooks with arguments that we do not need
@@ -267,7 +267,7 @@ def load_stepsave(directory: Path, _model: Any) -> State:
 
 def load_weights(path: Path, model: Any) -> State:
     """Loads by `load_weights` into a new model of other values; what it changes was loaded."""
-    from bench import workload
+    from bench.fits import workload
 
     fresh = workload.build(model.megabytes, model.variables).model
     fresh.optimizer.build(fresh.trainable_variables)

@@ -12,8 +12,10 @@ import argparse
 import os
 from pathlib import Path
 
-from bench import details, draw, gpu_table, targets
-from bench.collected import (
+from bench.common import RESULTS
+from bench.fits.subjects import SUBJECTS
+from bench.publish import details, draw, gpu_table, targets
+from bench.publish.collected import (
     BACKEND_NAMES,
     Collected,
     Result,
@@ -24,11 +26,9 @@ from bench.collected import (
     subject,
     times,
 )
-from bench.common import RESULTS
-from bench.subjects import SUBJECTS
 
-README = Path(__file__).parent.parent / "README.md"
-DETAILS = Path(__file__).with_name("README.md")
+README = Path(__file__).parents[2] / "README.md"
+DETAILS = Path(__file__).parents[1] / "README.md"
 NOT_MEASURED = "not measured"
 NOISE = "ours is within noise"
 SYNCS = {"everything": "yes", "data": "data only", "nothing": "no"}

@@ -1,0 +1,1 @@
+"""From raw JSON to the published tables and pictures."""

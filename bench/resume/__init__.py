@@ -1,0 +1,1 @@
+"""How long it takes to come back to a place in the data."""

@@ -1,0 +1,1 @@
+"""What a save and a restore cost by themselves."""
