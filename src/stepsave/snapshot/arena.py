@@ -170,7 +170,8 @@ class ArenaPool:
         capacity_bytes = -(-(plan.arena_bytes + _SLACK_BYTES) // _HUGE_PAGE_BYTES)
         capacity_bytes *= _HUGE_PAGE_BYTES
         self._threads = copy_thread_count()
-        self._arenas = _allocate(capacity_bytes)
+        # Read by the crew: an interruption must leave no file open.
+        self._arenas = _allocate(capacity_bytes, crew.call(_available_bytes))
         self._crew = crew
         self._touched: list[Latch] = []
         for arena in self._arenas:
@@ -257,8 +258,7 @@ def _touch(arena: Arena, part: int, parts: int, touched: Latch) -> None:
         touched.open()
 
 
-def _allocate(capacity_bytes: int) -> list[Arena]:
-    available_bytes = _available_bytes()
+def _allocate(capacity_bytes: int, available_bytes: int | None) -> list[Arena]:
     arenas: list[Arena] = []
     for number in range(2):
         fits = available_bytes is None or capacity_bytes * (number + 1) <= available_bytes
