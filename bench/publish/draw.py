@@ -1,19 +1,23 @@
-"""Pictures of the results: SVG, with a background of their own, so that they are readable on
-light and dark pages."""
+"""Pictures of the results, by matplotlib: SVG with a background of their own, so that they are
+readable on light and dark pages, and the same bytes each time they are made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from html import escape
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.fits.subjects import SUBJECTS
 from bench.publish.collected import Collected, Result
 
-WIDTH, HEIGHT = 760, 380
-LEFT, RIGHT, TOP, BOTTOM = 64, 226, 62, 52  # what is left around the plot
-LABEL_GAP = 17
+WIDTH_IN, HEIGHT_IN = 7.9, 4.0
+LABEL_GAP = 0.055  # between names of lines, as a share of the plot's height
 LEAST_PERCENT = 0.1
 INK, FAINT, GRID = "#1f2328", "#59636e", "#d8dee4"
 COLORS = {
@@ -26,7 +30,19 @@ COLORS = {
     "dcp": "#9a6700",
     "model_checkpoint": "#57606a",
 }
-FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
+# Names of parts of an SVG are random without a salt; texts are drawn as paths, from the font that
+# comes with matplotlib: no page has to have it.
+STYLE = {
+    "svg.hashsalt": "stepsave",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +52,7 @@ class Line:
     label: str
     color: str
     points: Sequence[tuple[float, float]]
-    width: float = 2
+    width: float = 1.6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,76 +66,58 @@ class Chart:
     x_ticks: Sequence[tuple[float, str]]
     lines: Sequence[Line]
 
-    def svg(self) -> str:
+    def save(self, path: Path) -> None:
+        """Draws it into an SVG file."""
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
+            axes = figure.add_axes((0.085, 0.13, 0.6, 0.7))
+            figure.text(0.025, 0.94, self.title, size=11.5, weight="bold")
+            figure.text(0.025, 0.885, self.subtitle, color=FAINT)
+            for line in self.lines:
+                places, values = zip(*line.points, strict=True)
+                axes.plot(places, values, "o-", color=line.color, lw=line.width, ms=3.5)
+            self._style(axes)
+            self._name_lines(axes)
+            figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+    def _style(self, axes: Axes) -> None:
+        axes.set_yscale("log")
         values = [value for line in self.lines for _, value in line.points]
-        scale = LogScale.around(values)
-        size = f"viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}'"
-        parts = [
-            f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img'>",
-            f"<title>{escape(self.title)}</title>",
-            f"<rect width='{WIDTH}' height='{HEIGHT}' rx='12' fill='#ffffff'/>",
-            _text(20, 28, self.title, size=15, weight=600),
-            _text(20, 47, self.subtitle, color=FAINT),
-            *self._axes(scale),
-            *(part for line in self.lines for part in _line(line, scale)),
-            *self._labels(scale),
-            "</svg>",
-        ]
-        return "\n".join(parts) + "\n"
+        low, high = min(values) / 1.15, max(values) * 1.15
+        axes.set(xlim=(0, 1), ylim=(low, high), xlabel=self.x_title)
+        axes.set_xticks([place for place, _ in self.x_ticks], [text for _, text in self.x_ticks])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{self.unit}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="both", length=0)
+        axes.grid(axis="y", color=GRID, lw=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "left", "right"]].set_visible(False)
 
-    def _axes(self, scale: LogScale) -> list[str]:
-        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-        parts: list[str] = []
-        for value in scale.ticks():
-            y = scale.y(value)
-            parts.append(f"<path d='M{LEFT} {y:.1f}H{right}' stroke='{GRID}'/>")
-            parts.append(_text(LEFT - 8, y + 4, f"{value:g}{self.unit}", FAINT, anchor="end"))
-        for place, text in self.x_ticks:
-            x = _x(place)
-            parts.append(f"<path d='M{x:.1f} {bottom}v5' stroke='{FAINT}'/>")
-            parts.append(_text(x, bottom + 19, text, FAINT, anchor="middle"))
-        parts.append(f"<path d='M{LEFT} {bottom}H{right}' stroke='{FAINT}'/>")
-        parts.append(_text((LEFT + right) / 2, HEIGHT - 12, self.x_title, FAINT, anchor="middle"))
-        return parts
-
-    def _labels(self, scale: LogScale) -> list[str]:
+    def _name_lines(self, axes: Axes) -> None:
         """Each line's name at its right end, moved apart where ends are close."""
-        ordered = sorted(self.lines, key=lambda line: scale.y(line.points[-1][1]))
-        ends = [scale.y(line.points[-1][1]) for line in ordered]
-        places = _apart(ends, TOP, HEIGHT - BOTTOM)
-        parts: list[str] = []
-        for line, end, place in zip(ordered, ends, places, strict=True):
-            x, right = _x(line.points[-1][0]), WIDTH - RIGHT
-            parts.append(
-                f"<path d='M{x + 5:.1f} {end:.1f}L{right + 16} {place:.1f}' stroke='{line.color}' "
-                "stroke-opacity='0.4' fill='none'/>"
+        low, high = map(math.log, axes.get_ylim())
+
+        def height(line: Line) -> float:
+            return (math.log(line.points[-1][1]) - low) / (high - low)
+
+        ordered = sorted(self.lines, key=height)
+        for line, at in zip(ordered, _apart(list(map(height, ordered))), strict=True):
+            axes.annotate(
+                line.label,
+                xy=(line.points[-1][0], height(line)),
+                xytext=(1.06, at),
+                xycoords="axes fraction",
+                color=line.color,
+                va="center",
+                weight="bold" if line.width > 2 else "normal",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": line.color,
+                    "alpha": 0.4,
+                    "relpos": (0, 0.5),
+                },
             )
-            weight = 600 if line.width > 2 else 400
-            parts.append(_text(right + 20, place + 4, line.label, line.color, weight=weight))
-        return parts
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LogScale:
-    """From values to heights."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def around(cls, values: Sequence[float]) -> LogScale:
-        return cls(min(values) / 1.15, max(values) * 1.15)
-
-    def y(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
-
-    def ticks(self) -> list[float]:
-        """Round numbers: 1, 2, 5 of each decade, or only 1 where these were too many."""
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        steps = (1, 2, 5) if self.high / self.low < 300 else (1,)
-        ticks = [step * 10.0**decade for decade in decades for step in steps]
-        return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
 def draw(collected: Collected) -> None:
@@ -127,7 +125,7 @@ def draw(collected: Collected) -> None:
     for name, chart in (("overhead", overhead(collected)), ("steps", steps(collected))):
         path = collected.directory / f"{name}.svg"
         if chart is not None:
-            path.write_text(chart.svg())
+            chart.save(path)
         else:
             path.unlink(missing_ok=True)
 
@@ -198,7 +196,7 @@ def _offset_place(offset: int, offsets: Sequence[int]) -> float:
 
 def _as_line(key: str, points: Sequence[tuple[float, float]]) -> Line:
     label = SUBJECTS[key].label.replace("`", "")
-    return Line(label, COLORS[key], points, 3.5 if key == "stepsave" else 2)
+    return Line(label, COLORS[key], points, 3 if key == "stepsave" else 1.6)
 
 
 def _size(settings: Result) -> str:
@@ -210,41 +208,13 @@ def _step(run: Result) -> str:
     return f"{loop_s / run['settings']['steps'] * 1e3:.0f} ms"
 
 
-def _x(place: float) -> float:
-    return LEFT + place * (WIDTH - RIGHT - LEFT)
-
-
-def _line(line: Line, scale: LogScale) -> list[str]:
-    at = [(_x(place), scale.y(value)) for place, value in line.points]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-    style = f"stroke='{line.color}' stroke-width='{line.width}' stroke-linejoin='round'"
-    dots = [f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{line.color}'/>" for x, y in at]
-    return [f"<path d='M{path}' fill='none' {style}/>", *dots]
-
-
-def _apart(ends: Sequence[float], top: float, bottom: float) -> list[float]:
-    """Moves heights (sorted) apart by as little as needed, inside the plot."""
-    places = list(ends)
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Moves heights (sorted, from 0 to 1) apart by as little as needed, inside the plot."""
+    places = list(heights)
     for index in range(1, len(places)):
         places[index] = max(places[index], places[index - 1] + LABEL_GAP)
-    limit = bottom
+    limit = 1.0
     for index in reversed(range(len(places))):
         places[index] = min(places[index], limit)
         limit = places[index] - LABEL_GAP
-    return [max(place, top) for place in places]
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    color: str = INK,
-    *,
-    size: int = 12,
-    anchor: str = "start",
-    weight: int = 400,
-) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' fill='{color}' font-size='{size}' font-weight='{weight}' "
-        f"text-anchor='{anchor}' {FONT}>{escape(text)}</text>"
-    )
+    return places

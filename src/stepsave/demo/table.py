@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
 
 from stepsave.demo.facts import EPOCHS, Comparison, InFlight, Outcome
 
 __all__ = ("cost", "interruption", "result")
 
 _SHOWN_DIGITS = 16
+_WIDTH = 100
 
 
 def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str:
@@ -69,7 +75,12 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _format(title: str, rows: Sequence[Sequence[str]]) -> str:
-    lines = [title]
-    for name, *cells in rows:
-        lines.append("".join([f"  {name:<24}", *(f"{cell:<18}" for cell in cells)]).rstrip())
-    return "\n".join([*lines, ""])
+    grid = Table.grid(padding=(0, 3))
+    for row in rows:
+        grid.add_row(*row)
+    # Into a text of its own: the same in a terminal, a file and a log.
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
+    console.print(title)
+    console.print(Padding(grid, (0, 0, 0, 2)))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
