@@ -119,12 +119,12 @@ def test_the_threads_of_a_crew_that_is_dropped_end():
 def test_the_interpreter_ends_and_what_was_put_is_done():
     out = check_python(
         """
-import atexit, time
+import atexit, os, time
 from stepsave.threads import Crew
 crew = Crew(2, "test")
 atexit.register(lambda: crew.put(lambda: print("after the end", flush=True)))
 for number in range(5):
-    crew.put(lambda number=number: (time.sleep(0.05), print("done", number, flush=True)))
+    crew.put(lambda number=number: (time.sleep(0.05), os.write(1, b"done %d\\n" % number)))
 """,
         timeout=30,
     )
