@@ -205,6 +205,8 @@ def test_a_closing_interrupted_at_any_line_is_closed_by_the_next(tmp_path, delet
     assert enumerate_lines(make_body) > 10
 
 
+# What comes in a finalizer is reported, and swallowed, by Python itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("again_s", [0.0, 0.0003], ids=["once", "again and again"])
 @pytest.mark.usefixtures("threads")
 def test_saves_interrupted_at_two_thousand_instants_lose_nothing(tmp_path, again_s, no_sync):
@@ -232,6 +234,8 @@ def test_saves_interrupted_at_two_thousand_instants_lose_nothing(tmp_path, again
     assert restore_once(tmp_path).step == 5000
 
 
+# What comes in a finalizer is reported, and swallowed, by Python itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("threads")
 def test_a_checkpointer_is_opened_used_and_closed_at_three_hundred_instants(tmp_path, no_sync):
     del no_sync

@@ -86,6 +86,8 @@ def test_a_fit_interrupted_at_any_line_of_ours_goes_on(backup_dir, uninterrupted
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+# What comes in a finalizer of somebody's is reported, and swallowed, by Python itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupted(
     backup_dir, uninterrupted
 ):
@@ -93,10 +95,10 @@ def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupte
     expected, _ = uninterrupted
     chance = random.Random(5)
     interrupted = 0
-    for _ in range(30):
+    for attempt in range(20):
         model, callback = make_model(), backup(backup_dir, delete_checkpoint=False)
         try:
-            with interrupted_after(chance.uniform(0.01, 0.4)):
+            with interrupted_after(chance.uniform(0.01, 0.3) if attempt else 0.02):
                 train(model, callback)
             break
         except Interrupted:
