@@ -16,31 +16,33 @@ demo: $(VENV)/.demo
 # What a newcomer waits for: each test that is quick, on all backends, each in its own process.
 test: $(VENV)/.test
 	@set -e; $(call part,the engine without Keras,tests/format tests/store tests/snapshot \
-	  tests/engine tests/test_*.py -n 2 --dist loadfile $(QUICK)); \
-	for backend in $(BACKENDS); do \
+	  tests/engine tests/test_*.py -n 2 --dist loadfile -m "$(QUICK)"); \
+	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,the callback on $$backend,tests/fit -n 2 $(QUICK)); \
+	  $(call part,the callback on $$backend,tests/fit -n 2 -m "$$left"); \
+	  left="$(QUICK) and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 $(QUICK))
+	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 -m "$(QUICK)")
 
 # Everything: the whole matrix of exact resume, benchmarks, and the oldest Keras that is admitted.
 test-all: test $(VENV)/.oldest-keras
-	@set -e; for backend in $(BACKENDS); do \
+	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,the rest on $$backend,tests/fit -n 2 $(SLOW)); \
+	  $(call part,the rest on $$backend,tests/fit -n 2 -m "$$left"); \
+	  left="$(SLOW) or once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the benchmarks,tests/docs $(SLOW)); \
+	$(call part,the benchmarks,tests/docs -m "$(SLOW)"); \
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
 	for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 $(QUICK)); \
+	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 -m "$(QUICK)"); \
 	done
 
-QUICK := -m "not slow"
-SLOW := -m slow
-# Exact resume depends on how Keras works inside. `make test-all QUICK=` runs all of it there too.
+QUICK := not slow
+SLOW := slow
+# Exact resume depends on how Keras works inside.
 OLDEST_TESTS := tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
   tests/fit/test_preemption.py tests/fit/test_sources.py
 

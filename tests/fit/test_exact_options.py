@@ -24,6 +24,8 @@ from keras_support import several_steps_per_call
 
 import stepsave
 
+pytestmark = pytest.mark.once
+
 
 def interrupted(directory, *, save_freq=3, where="middle", source="arrays", **kwargs):
     """Interrupts a training, and returns what the one that resumes it leaves behind."""

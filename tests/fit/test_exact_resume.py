@@ -109,7 +109,7 @@ def cells():
             yield pytest.param(how, where, source, marks=marks, id=f"{how}-{where}-{source}")
 
 
-@pytest.mark.parametrize(("how", "where", "source"), cells())
+@pytest.mark.parametrize(("how", "where", "source"), list(cells()))
 def test_a_resumed_training_equals_the_uninterrupted_one(
     source, where, how, uninterrupted, killed, tmp_path
 ):

@@ -25,6 +25,8 @@ from keras_support import (
 
 import stepsave
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "double"])
 def made(request, tmp_path_factory):

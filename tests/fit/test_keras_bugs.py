@@ -24,6 +24,8 @@ from keras_support import (
 
 import stepsave
 
+pytestmark = pytest.mark.once
+
 BOTH = pytest.mark.parametrize(
     ("kind", "has_bug"),
     [(keras.callbacks.BackupAndRestore, True), (stepsave.BackupAndRestore, False)],

@@ -5,6 +5,8 @@ import json
 import pytest
 from keras_support import Child
 
+pytestmark = pytest.mark.once
+
 _RUN = """
 import collections, importlib, json, os, sys, unittest
 import pytest
