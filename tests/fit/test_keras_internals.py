@@ -137,7 +137,7 @@ def test_the_global_seed_generator_can_be_read_and_set():
 def test_epoch_0_can_be_where_a_fit_begins():
     class Begin(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
-            keras_internals.set_initial_epoch(self._model, 0)
+            keras_internals.set_initial_epoch(self._model, 0, owner=self)
 
     history = fit(step_model(), Begin(), epochs=2, initial_epoch=1)
     assert history.epoch == [0, 1]
