@@ -137,6 +137,8 @@ class SaveLog:
         """Takes note of a save that was begun; a second time changes nothing."""
         if handle not in self._open:
             self._open.append(handle)
+            self._started += 1
+            self._bytes += handle.bytes
 
     def add_cost(self, handle: SaveHandle) -> None:
         """Counts how long the caller was held up, or that the save was skipped."""
@@ -146,11 +148,6 @@ class SaveLog:
         self._stalls_s.append(handle.stall_s)
         self._stall_total_s += handle.stall_s
         self._stall_max_s = max(self._stall_max_s, handle.stall_s)
-
-    def count_begin(self, handle: SaveHandle) -> None:
-        """For the thread that writes: a save was accepted."""
-        self._started += 1
-        self._bytes += handle.bytes
 
     def count_end(self, durable_s: float | None) -> None:
         """For the thread that writes: a save has ended."""

@@ -80,7 +80,6 @@ class Writer:
         handle = request.handle
         if not handle.claim.accept():
             return  # the call that claimed it was interrupted, and the next one has dropped it
-        self._log.count_begin(handle)
         durable_s, error = None, None
         try:
             self._commit(request)
