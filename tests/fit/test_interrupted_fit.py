@@ -98,9 +98,10 @@ def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupte
     for attempt in range(20):
         model, callback = make_model(), backup(backup_dir, delete_checkpoint=False)
         try:
-            with interrupted_after(chance.uniform(0.01, 0.3) if attempt else 0.02):
+            with interrupted_after(chance.uniform(0.01, 0.3) if attempt > 4 else 0.002):
                 train(model, callback)
-            break
+            if attempt > 4:
+                break
         except Interrupted:
             interrupted += 1
     model, callback = make_model(), backup(backup_dir)
