@@ -20,6 +20,7 @@ import numpy as np
 import stepsave
 from stepsave.fit.variables import COLLECTIONS, ModelVariables
 from stepsave.format.tree import flatten, unflatten
+from stepsave.snapshot.arena import Claim
 
 State = dict[tuple[str, ...], np.ndarray]
 
@@ -38,14 +39,14 @@ class CopyOnly(stepsave.BackupAndRestore):
 
     def _save(self, epoch: int, batch: int) -> None:
         self._progress.save_is_due = False
-        paths, leaves = self._state.leaves(self._saver, (), None)
-        snapshot = self._saver._capture.begin(paths, leaves, block=True)
-        snapshot.complete()
+        paths, leaves = self._state._leaves(self._saver, (), None)
+        claim = Claim()
+        snapshot = self._saver._capture.take(paths, leaves, claim, block=True)
         self.saves += 1
-        self._pass_on(snapshot)
+        self._pass_on(snapshot, claim)
 
-    def _pass_on(self, snapshot: Any) -> None:
-        snapshot.release()
+    def _pass_on(self, snapshot: Any, claim: Claim) -> None:
+        claim.release()
 
 
 class CopyAndWrite(CopyOnly):
@@ -66,12 +67,12 @@ class CopyAndWrite(CopyOnly):
         pool.wait_touched()
         self._write(pool.memories[0].data)  # so that later writes find their blocks allocated
 
-    def _pass_on(self, snapshot: Any) -> None:
+    def _pass_on(self, snapshot: Any, claim: Claim) -> None:
         size_bytes = snapshot.blueprint.plan.arena_bytes
 
         def write() -> None:
             self._write(snapshot.arena.bytes.data[:size_bytes])
-            snapshot.release()
+            claim.release()
 
         self._last = self._writer.submit(write)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import stepsave
 from bench.gpu.loop import State, Subject
+from stepsave.snapshot.arena import Claim
 
 Mode = Literal["auto", "device", "host"]
 
@@ -68,11 +69,11 @@ class Stepsave:
 
 def _snapshot_s(capture: Any, paths: Any, leaves: Any) -> float:
     begin_s = time.perf_counter()
-    snapshot = capture.begin(paths, leaves, block=True)
-    snapshot.complete()
-    snapshot.filling.wait_ended()
+    claim = Claim()
+    snapshot = capture.take(paths, leaves, claim, block=True)
+    snapshot.filling.wait_quiet()
     taken_s = time.perf_counter() - begin_s
-    snapshot.release()
+    claim.release()
     return taken_s
 
 
