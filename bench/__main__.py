@@ -20,12 +20,12 @@ from pathlib import Path
 
 from bench import machine
 from bench.common import RESULTS
-from bench.publish import __main__ as publish
+from bench.publish import documents
 
 SWEPT = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 SCALED = ("stepsave", "keras", "orbax_keras_tuned")
 TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
-TEST_PARTS = Path(__file__).parent / "saves/test_parts.py"
+TEST_PARTS = Path(__file__).parent / "saves" / "test_parts.py"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ RUNS = (
     _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 60"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
     # Not 10,000 variables: Orbax takes half an hour to have its calls counted.
-    Run("resources", "bench.saves.resources", "--counts 100 1000"),
+    Run("resources", "bench.resources", "--counts 100 1000"),
     Run("resume", "bench.resume", "--backend jax"),
     Run("resume", "bench.resume", "--backend tensorflow"),
     Run("resume", "bench.resume", "--backend torch"),
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     results.mkdir(parents=True, exist_ok=True)
     failed = measure(groups, results, quick=options.quick)
     if "publish" in groups:
-        publish.main(_publish_arguments(root))
+        documents.main(_publish_arguments(root))
     if options.quick:
         print(f"quick results are in {root}")
     for command in failed:
@@ -160,7 +160,7 @@ def _publish_arguments(root: Path) -> list[str]:
     if root == RESULTS:
         return []
     copies = {"--readme": root / "README.md", "--details": root / "bench-README.md"}
-    for source, copy in zip((publish.README, publish.DETAILS), copies.values(), strict=True):
+    for source, copy in zip((documents.README, documents.DETAILS), copies.values(), strict=True):
         shutil.copy(source, copy)
     pairs = ((name, str(path)) for name, path in copies.items())
     return ["--results", str(root), *(text for pair in pairs for text in pair)]

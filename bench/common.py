@@ -121,17 +121,8 @@ def write(name: str, options: argparse.Namespace, result: Mapping[str, Any]) -> 
     text = json.dumps(result, indent=1)
     text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: " ".join(found[0].split()), text)
     assert json.loads(text) == json.loads(json.dumps(result))
-    path = _path(name, options)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directory: Path = options.results or RESULTS / machine.name()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(text + "\n")
     return path
-
-
-def read(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the result that was kept before under this name."""
-    return json.loads(_path(name, options).read_text())
-
-
-def _path(name: str, options: argparse.Namespace) -> Path:
-    directory: Path = options.results or RESULTS / machine.name()
-    return directory / f"{name}.json"

@@ -1,1 +1,1 @@
-"""What saving costs a whole `fit`, ours and others."""
+"""Whole fits of a Keras model: with stepsave, with other systems, and without saving."""

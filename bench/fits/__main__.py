@@ -19,10 +19,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench import common, machine
-from bench.fits import summary as fit_summary
+from bench import common, floors, machine
+from bench.fits import summary
 from bench.fits.subjects import ALL_BACKENDS, SUBJECTS, saves_made
-from bench.saves import floors
 
 MEMCPY_PER_FIT = 3
 OURS = ("none", "sync", "idle", "stepsave")  # without these there is nothing to compare with
@@ -184,7 +183,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ]
     options.subjects = [key for key in options.subjects if key != "none"]
     if options.trace and options.quick:
-        options.steps = 2 * options.every + fit_summary.AFTER + 2
+        options.steps = 2 * options.every + summary.AFTER + 2
     _check(parser, options)
     return options
 
@@ -196,9 +195,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         return
     if options.steps % options.every < min(3, options.every - 1):
         parser.error("let at least 3 steps follow the last save: cost may be deferred to them")
-    if options.trace and options.every < fit_summary.BEFORE + fit_summary.AFTER + 1:
+    if options.trace and options.every < summary.BEFORE + summary.AFTER + 1:
         parser.error("saves must be further apart than the steps that are shown around one")
-    if options.trace and options.steps < 2 * options.every + fit_summary.AFTER + 1:
+    if options.trace and options.steps < 2 * options.every + summary.AFTER + 1:
         parser.error("too few steps to show those around the second save")
 
 
@@ -228,12 +227,12 @@ def main(arguments: list[str] | None = None) -> None:
         "subjects": {key: SUBJECTS[key].describe() for key in ("none", *options.subjects)},
         "failed": rounds.failed,
         "verified": rounds.verified,
-        "summary": fit_summary.summarize(rounds, workload.state_bytes, options),
+        "summary": summary.summarize(rounds, workload.state_bytes, options),
         "memcpy_s": [[round(value, 6) for value in values] for values in rounds.memcpy_s],
         "samples": rounds.samples,
     }
     common.write(_file_name(options), options, result)
-    fit_summary.show(result)
+    summary.show(result)
 
 
 def _settings(options: argparse.Namespace, workload: Any) -> dict[str, Any]:

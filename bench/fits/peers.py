@@ -18,11 +18,14 @@ import keras
 import numpy as np
 
 import stepsave
-from stepsave.fit.variables import COLLECTIONS, ModelVariables
-from stepsave.format.tree import flatten, unflatten
+from bench.fits import workload
+from stepsave.fit.variables import ModelVariables
+from stepsave.format.tree import unflatten
 from stepsave.snapshot.arena import Claim
 
 State = dict[tuple[str, ...], np.ndarray]
+WEIGHTS = ("trainable_variables", "non_trainable_variables")
+COLLECTIONS = (*WEIGHTS, "optimizer_variables", "metrics_variables")
 
 
 class SyncDispatch(keras.callbacks.Callback):
@@ -268,8 +271,6 @@ def load_stepsave(directory: Path, _model: Any) -> State:
 
 def load_weights(path: Path, model: Any) -> State:
     """Loads by `load_weights` into a new model of other values; what it changes was loaded."""
-    from bench.fits import workload
-
     fresh = workload.build(model.megabytes, model.variables).model
     fresh.optimizer.build(fresh.trainable_variables)
     for variable in fresh.variables:
@@ -293,19 +294,19 @@ def load_dcp(directory: Path, model: Any) -> State:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    variables = ModelVariables(model.model)
     state = {
-        "/".join(path): torch.zeros_like(value.detach(), device="cpu")
-        for path, value in zip(variables.paths, variables.values(), strict=True)
+        path: torch.from_numpy(np.zeros_like(value))
+        for path, value in workload.snapshot(model.model).items()
     }
     (newest,) = directory.iterdir()
-    dcp.load(state, checkpoint_id=newest, no_dist=True)
-    return {path: state["/".join(path)].numpy() for path in variables.paths}
+    dcp.load(
+        {"/".join(path): value for path, value in state.items()}, checkpoint_id=newest, no_dist=True
+    )
+    return {path: value.numpy() for path, value in state.items()}
 
 
 def _by_path(state: Any) -> State:
-    paths, leaves = flatten(state)
-    return {path: np.asarray(leaf) for path, leaf in zip(paths, leaves, strict=True)}
+    return {path: np.asarray(leaf) for path, leaf in workload.by_path(state).items()}
 
 
 def compare(saved: State, expected: State) -> dict[str, str]:
@@ -323,6 +324,6 @@ def compare(saved: State, expected: State) -> dict[str, str]:
             same = saved[path].tobytes() == expected[path].tobytes()
             assert same, f"{path}: other values than were saved"
         found[collection] = f"{len(present)} of {len(paths)}"
-        if collection in COLLECTIONS[:2]:
+        if collection in WEIGHTS:
             assert len(present) == len(paths), f"{collection}: only {found[collection]}"
     return found

@@ -37,11 +37,6 @@ class Subject:
     backends: tuple[str, ...] = ALL_BACKENDS
     is_floor: bool = False
 
-    @property
-    def durable(self) -> bool:
-        """Whether a power cut after "done" can take nothing of it away."""
-        return self.syncs == "everything"
-
     def make(self, directory: Path, every: int) -> list[Any]:
         return self.maker(directory, every)
 
@@ -54,7 +49,6 @@ class Subject:
             "label": self.label,
             "settings": self.settings,
             "syncs": self.syncs,
-            "durable": self.durable,
         }
 
 
@@ -299,4 +293,3 @@ _LISTED = (
     ),
 )
 SUBJECTS = {subject.key: subject for subject in _LISTED}
-PEERS = tuple(s.key for s in _LISTED if s.loader is not None and s.key != "stepsave")

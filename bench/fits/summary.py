@@ -87,7 +87,7 @@ def _subject(
     if saves:
         figures |= _saving(key, fits, by_round, memcpy_s, saves, state_bytes)
     if "steps_s" in fits[0]:
-        figures["around_save_s"] = _around(fits, settings.every)
+        figures["around_save_s"] = around(fits, settings.every)
     return figures
 
 
@@ -128,8 +128,8 @@ def _saving(
     return figures
 
 
-def _around(fits: list[Sample], every: int) -> dict[str, Any]:
-    """Step times from two before a save to ten after it, medians over all saves but the first.
+def around(fits: list[Sample], every: int) -> dict[str, Any]:
+    """Step times from two before a save to ten after it, over all saves but the first.
 
     The save is in step 0: that in which hooks of the subject took longest, the one that ends
     when the save is due or the next.
@@ -141,9 +141,9 @@ def _around(fits: list[Sample], every: int) -> dict[str, Any]:
             at = done - 1 if blocked_s[done - 1] > blocked_s[done] else done
             for offset, values in times.items():
                 values.append(steps_s[at + offset])
-    return {
-        "offsets": list(times),
-        "median": [round(statistics.median(values), 6) for values in times.values()],
+    spreads = [spread(values) for values in times.values()]
+    return {"offsets": list(times)} | {
+        which: [round(each[which], 6) for each in spreads] for which in ("median", "p10", "p90")
     }
 
 

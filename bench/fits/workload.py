@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from bench.fits.probe import Probe, device_sync
-from stepsave.fit.variables import ModelVariables
 
 LAYERS = 25  # trainable; each has a weight and two Adam slots
 FROZEN_PER_LAYER = 100
@@ -141,8 +141,13 @@ def _step_s(workload: Workload, batch_size: int) -> float:
 def snapshot(model: Any) -> dict[tuple[str, ...], np.ndarray]:
     """All values of a model as NumPy arrays, by path: what a backup is compared with."""
     device_sync(model)
-    variables = ModelVariables(model)
-    return {
-        path: keras.ops.convert_to_numpy(value)
-        for path, value in zip(variables.paths, variables.values(), strict=True)
-    }
+    return by_path(model.get_state_tree("numpy_array"))
+
+
+def by_path(tree: Mapping[str, Any], at: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        path = (*at, key)
+        found |= by_path(value, path) if isinstance(value, Mapping) else {path: value}
+    return found

@@ -1,1 +1,1 @@
-"""The same questions on a GPU, for a machine that has one."""
+"""What saving costs a training on a GPU; needs no Keras."""

@@ -50,7 +50,7 @@ NO_GPU = (
 def run_size(options: argparse.Namespace) -> dict[str, Any]:
     """One framework and one size, in this process: floors, then each subject in its turn."""
     clock = Clock.of(options.budget_s - START_S)
-    lab = importlib.import_module(f"bench.gpu.on_{options.framework}")
+    lab = importlib.import_module(f"bench.gpu.{options.framework}")
     if not (lab.has_accelerator() or options.allow_cpu):
         raise SystemExit(NO_GPU.format(framework=options.framework, device=lab.device_name()))
     size_bytes = round(options.size * 1e9)

@@ -1,6 +1,6 @@
 """What a save costs a training on an accelerator: loops with and without, one after the other.
 
-Knows no framework; `gpu_jax` and `gpu_torch` do.
+Knows no framework; `bench.gpu.jax` and `bench.gpu.torch` do.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From raw JSON to the published tables and pictures."""
+"""From the results to what is published: tables, pictures, documents. Measures nothing."""

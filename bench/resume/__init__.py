@@ -1,1 +1,1 @@
-"""How long it takes to come back to a place in the data."""
+"""How long an interrupted fit takes to go on where it was, by source of its data."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import common, machine
 from bench.fits.subjects import ALL_BACKENDS
-from bench.resume.data import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES, Images
+from bench.resume.sources import BATCH, SHUFFLE_BUFFER, SOURCES, VALUES, Images
 from bench.stats import spread
 
 NEAR = 2  # batches before the near resume
@@ -115,7 +115,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=10_000, help="where to resume")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
     parser.add_argument("--sources", nargs="*", choices=list(SOURCES), default=list(SOURCES))
-    parser.add_argument("--keep", action="store_true", help="keep results of other sources")
     options = common.parse(parser, arguments, QUICK)
     if options.batch <= NEAR:
         parser.error(f"--batch must be more than {NEAR}")
@@ -152,21 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "repeats": options.repeats,
         "quick": options.quick,
     }
-    samples, failed = rounds.samples, rounds.failed
-    if options.keep:
-        earlier = common.read(f"resume-{options.backend}", options)
-        assert earlier["settings"] == settings, f"other settings: {earlier['settings']}"
-        assert earlier["machine"]["packages"] == facts["packages"], "other packages"
-        kept = [each for each in earlier["samples"] if each["source"] not in options.sources]
-        samples = kept + samples
-        failed = {s: e for s, e in earlier["failed"].items() if s not in options.sources} | failed
     result = {
         "benchmark": "resume",
         "machine": facts,
         "settings": settings,
-        "failed": failed,
-        "summary": summarize(samples, failed),
-        "samples": samples,
+        "failed": rounds.failed,
+        "summary": summarize(rounds.samples, rounds.failed),
+        "samples": rounds.samples,
     }
     common.write(f"resume-{options.backend}", options, result)
     _show(result)

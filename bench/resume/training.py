@@ -16,7 +16,7 @@ import numpy as np
 
 import stepsave
 from bench.fits.probe import device_sync
-from bench.resume.data import BATCH, SEED, SOURCES, VALUES, Images
+from bench.resume.sources import BATCH, SEED, SOURCES, VALUES, Images
 from stepsave.fit.keras_internals import EpochData, find_fit
 
 NEVER = 1_000_000_000

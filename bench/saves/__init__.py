@@ -1,1 +1,1 @@
-"""What a save and a restore cost by themselves."""
+"""One save by itself, and its way back: against what the memory and the disk can do."""

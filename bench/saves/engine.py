@@ -2,40 +2,27 @@
 
 Every round measures, one after the other and in changing order, the two floors and a save
 of the same bytes from arrays of each framework; so a slow moment of the machine hits all.
-
-Other questions to the engine have modules of their own, which this one runs if asked:
-`--restore`, `--many-variables`, `--first`, `--writers`; each takes the options of its module.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, machine
-from bench.common import ARRAY_BYTES, FRAMEWORKS, RESULTS, UNSTEADY
-from bench.saves import floors
+from bench import common, floors, machine
+from bench.common import ARRAY_BYTES, FRAMEWORKS, UNSTEADY
 from bench.stats import spread
-
-__all__ = ("RESULTS", "Subject", "main", "measure", "summarize")
 
 FLOORS = {
     "copy": "memcpy",  # the checked one
     "stall": "memcpy",
     "background": "raw write",
     "durable": "raw write",
-}
-OTHERS = {
-    "--restore": "bench.saves.restore",
-    "--many-variables": "bench.saves.variables",
-    "--first": "bench.saves.first",
-    "--writers": "bench.saves.writers",
 }
 QUICK = {"megabytes": 20, "rounds": 5}
 
@@ -142,16 +129,7 @@ def run(name: str, subjects: Sequence[Subject], options: Any) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    asked = [option for option in OTHERS if option in arguments]
-    if asked:
-        import importlib
-
-        rest = [argument for argument in arguments if argument not in OTHERS]
-        for option in asked:
-            importlib.import_module(OTHERS[option]).main(rest)
-        return
-    parser = common.parser("engine", __doc__)
+    parser = common.parser("saves.engine", __doc__)
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=list(FRAMEWORKS))

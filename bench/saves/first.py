@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, machine
+from bench import common, floors, machine
 from bench.common import ARRAY_BYTES, FRAMEWORKS
-from bench.saves import floors
 from bench.stats import spread
 
 QUICK = {"megabytes": 20, "rounds": 4}
@@ -74,7 +73,7 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser("first", __doc__)
+    parser = common.parser("saves.first", __doc__)
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=10, help="processes per framework")
     parser.add_argument("--later", type=int, default=10, help="saves after the first")
@@ -109,15 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run_child(framework: str, options: argparse.Namespace, where: str) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "bench.saves.first",
-        "--child",
-        framework,
-        "--directory",
-        where,
-    ]
+    command = [sys.executable, "-m", "bench.saves.first", "--child", framework]
+    command += ["--directory", where]
     command += ["--megabytes", str(options.megabytes), "--later", str(options.later)]
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 import stepsave
-from bench import common, machine
-from bench.saves import cold, floors
+from bench import common, floors, machine
+from bench.saves import cold
 from bench.stats import spread
 
 WARM, FRESH = "raw read warm", "raw read fresh"
@@ -174,7 +174,7 @@ def summarize(samples: Samples, state_bytes: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser("restore", __doc__)
+    parser = common.parser("saves.restore", __doc__)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--array-megabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=15)

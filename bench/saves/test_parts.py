@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import stepsave
-from bench.saves import floors
+from bench import floors
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import compile_layout, decode_layout, encode_layout

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import stepsave
-from bench import common, machine
+from bench import common, floors, machine
 from bench.common import FRAMEWORKS, UNSTEADY
-from bench.saves import floors
 from bench.stats import spread
 
 MEMCPY_PER_ROUND = 3
@@ -96,7 +95,7 @@ def summarize(samples: Samples, frameworks: Sequence[str], counts: Sequence[int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser("variables", __doc__)
+    parser = common.parser("saves.variables", __doc__)
     parser.add_argument("--megabytes", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--counts", nargs="*", type=int, default=[100, 1000, 10_000])

@@ -20,7 +20,7 @@ QUICK = {"megabytes": 20, "rounds": 5}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser("writers", __doc__)
+    parser = common.parser("saves.writers", __doc__)
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=["numpy"])

@@ -51,7 +51,7 @@ def completed(temporary_directory):
 def _row(completed, name):
     match = re.search(rf"^  {re.escape(name)} +(.+)$", completed.stdout, re.MULTILINE)
     assert match, completed.stdout + completed.stderr
-    return match[1]
+    return match[1].rstrip()
 
 
 def _step(completed, name):
@@ -67,6 +67,7 @@ def test_the_demo_ends_with_status_0_and_says_that_all_checks_hold(completed):
 def test_the_demo_prints_nothing_but_its_own_text(completed):
     assert completed.stderr == ""
     assert "\r" not in completed.stdout
+    assert "\x1b" not in completed.stdout
     assert max(map(len, completed.stdout.splitlines())) <= 100
 
 
@@ -145,7 +146,7 @@ def test_the_demo_leaves_nothing_behind(completed, temporary_directory):
     assert not list(temporary_directory.glob("stepsave-demo-*"))
 
 
-@pytest.mark.parametrize("module", ["sklearn", "torch"])
+@pytest.mark.parametrize("module", ["sklearn", "rich", "torch"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys, module):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

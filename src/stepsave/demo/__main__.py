@@ -7,8 +7,6 @@ import importlib.util
 import os
 import sys
 
-from stepsave.demo import parent
-
 _BACKENDS = ("jax", "tensorflow", "torch")
 
 
@@ -29,6 +27,8 @@ def main() -> int:
         else:
             child.compare(arguments.directory)
         return 0
+    from stepsave.demo import parent  # needs rich, which was looked for just now
+
     try:
         parent.run()
     except parent.DemoError as e:
@@ -59,7 +59,7 @@ def _find_missing(backend: str) -> str | None:
         return f"expected KERAS_BACKEND to be one of {', '.join(_BACKENDS)}; found {backend!r}."
     missing = [
         f"{package} (import {module})" if package != module else package
-        for package, module in (("scikit-learn", "sklearn"), (backend, backend))
+        for package, module in (("scikit-learn", "sklearn"), ("rich", "rich"), (backend, backend))
         if importlib.util.find_spec(module) is None
     ]
     if not missing:

@@ -56,10 +56,10 @@ def run() -> None:
         with _told("4/4 measuring next to Keras's own callback"):
             line = _run_child(directory, "compare", "--directory", directory)
             comparison = Comparison.from_line(line)
-    print()
-    print(table.interruption(killed, committed_step, resumed))
-    print(table.result(uninterrupted, resumed))
-    print(table.cost(comparison))
+    console = table.console()
+    console.print(table.interruption(killed, committed_step, resumed))
+    console.print(table.result(uninterrupted, resumed))
+    console.print(table.cost(comparison))
     _check(killed, committed_step, uninterrupted, resumed)
     print(
         "All checks hold: it went on at the batch after the last committed step; no batch was\n"

@@ -1,23 +1,31 @@
-"""The demo's result as plain text."""
+"""The demo's result as tables."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 
 from stepsave.demo.facts import EPOCHS, Comparison, InFlight, Outcome
 
-__all__ = ("cost", "interruption", "result")
+__all__ = ("console", "cost", "interruption", "result")
 
 _SHOWN_DIGITS = 16
-_WIDTH = 100
+_NAME_WIDTH, _CELL_WIDTH = 22, 16  # at least, so that the tables below each other line up
+_FILE_WIDTH = 100
 
 
-def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str:
+def console() -> Console:
+    """Prints tables: in a terminal as wide as that is, into a file as wide as all of them need."""
+    made = Console(highlight=False)
+    if not made.is_terminal:
+        made.width = _FILE_WIDTH
+    return made
+
+
+def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> Table:
     """Tells where training was killed and where it went on."""
     in_flight = f"step {killed.step}"
     if committed_step >= killed.step:
@@ -30,8 +38,8 @@ def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str
         f"step {killed.step}, epoch {killed.epoch + 1} of {EPOCHS}, "
         f"batch {killed.batches} of {killed.steps_per_epoch}"
     )
-    return _format(
-        "Interruption",
+    return _table(
+        ["Interruption", ""],
         [
             ("killed by SIGKILL at", killed_at),
             ("save in flight", in_flight),
@@ -41,13 +49,12 @@ def interruption(killed: InFlight, committed_step: int, resumed: Outcome) -> str
     )
 
 
-def result(uninterrupted: Outcome, resumed: Outcome) -> str:
+def result(uninterrupted: Outcome, resumed: Outcome) -> Table:
     """Compares what both trainings reached."""
     runs = (uninterrupted, resumed)
-    return _format(
-        "Model at the end",
+    return _table(
+        ["Model at the end", "uninterrupted", "killed and resumed"],
         [
-            ("", "uninterrupted", "killed and resumed"),
             ("optimizer steps", *(f"{run.last_step}" for run in runs)),
             ("test accuracy", *(f"{run.accuracy:.4f}" for run in runs)),
             ("SHA-256 of its bits", *(f"{run.digest[:_SHOWN_DIGITS]}" for run in runs)),
@@ -55,14 +62,13 @@ def result(uninterrupted: Outcome, resumed: Outcome) -> str:
     )
 
 
-def cost(comparison: Comparison) -> str:
+def cost(comparison: Comparison) -> Table:
     """Compares what saving costs with both callbacks."""
     c = comparison
-    title = f"Saving {c.state_bytes / 1e6:.1f} MB, medians of {c.saves} saves"
-    return _format(
-        title,
+    title = f"Saving {c.state_bytes / 1e6:.1f} MB,\nmedians of {c.saves} saves"
+    return _table(
+        [title, "stepsave", "keras.callbacks.BackupAndRestore"],
         [
-            ("", "stepsave", "keras.callbacks.BackupAndRestore"),
             ("stall per save", _milliseconds(c.stall_s), _milliseconds(c.keras_stall_s)),
             ("durable after", _milliseconds(c.durable_s), "not durable: it calls no fsync"),
             ("writer", c.writer, "HDF5, on the training thread"),
@@ -74,13 +80,13 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms"
 
 
-def _format(title: str, rows: Sequence[Sequence[str]]) -> str:
-    grid = Table.grid(padding=(0, 3))
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Makes a table; what it is about stands in the head, above the names of its rows."""
+    table = Table(box=box.SIMPLE_HEAD)
+    name, *others = head
+    table.add_column(name, min_width=_NAME_WIDTH)
+    for other in others:
+        table.add_column(other, min_width=_CELL_WIDTH, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
-    # Into a text of its own: the same in a terminal, a file and a log.
-    text = io.StringIO()
-    console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
-    console.print(title)
-    console.print(Padding(grid, (0, 0, 0, 2)))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+        table.add_row(*row)
+    return table

@@ -1,7 +1,7 @@
 """What does a save cost beside time? CPU, memory, what it leaves behind, syscalls, calls.
 
 Every figure comes from a fresh process (`--child`) that does nothing but save. How each is
-measured is in `bench.saves.usage`, what is compared in `bench.saves.savers`.
+measured is in `bench.resources.usage`, what is compared in `bench.resources.savers`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 from bench import common, machine
 from bench.common import ARRAY_BYTES
-from bench.saves import syscalls
-from bench.saves.savers import PEERS, SUBJECTS
-from bench.saves.usage import PROBES, SIDES, WARM_UP, Task
+from bench.resources import syscalls
+from bench.resources.savers import PEERS, SUBJECTS
+from bench.resources.usage import PROBES, SIDES, WARM_UP, Task
 from bench.stats import spread
 
 MEMORY_SLACK_BYTES = 64 << 20
@@ -103,7 +103,7 @@ class Children:
         prefix: Sequence[str] = (),
     ) -> Found:
         with tempfile.TemporaryDirectory(dir=self._where) as directory:
-            command = [*prefix, sys.executable, "-m", "bench.saves.resources", "--child", probe]
+            command = [*prefix, sys.executable, "-m", "bench.resources", "--child", probe]
             command += ["--subjects", name, "--arrays", str(arrays), "--saves", str(saves)]
             command += ["--array-bytes", str(array_bytes), "--directory", directory]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)

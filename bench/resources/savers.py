@@ -114,7 +114,7 @@ class Floor:
         self._path = directory / "floor"
 
     def prepare(self, state: State) -> None:
-        from bench.saves.floors import PAGE_BYTES, private_memory
+        from bench.floors import PAGE_BYTES, private_memory
 
         size_bytes = sum(array.nbytes for array in state.values())
         self._memory = private_memory(-(-size_bytes // PAGE_BYTES) * PAGE_BYTES)
@@ -123,7 +123,7 @@ class Floor:
         self._templates = {name: (array.dtype, array.shape) for name, array in state.items()}
 
     def save(self, step: int, state: State) -> None:
-        from stepsave.format.checksum import crc32c
+        from awscrt.checksums import crc32c
 
         del step  # one file, whatever the step
         begin = 0

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench import common
-from bench.saves.savers import SUBJECTS, Saver
+from bench.resources.savers import SUBJECTS, Saver
 
 WARM_UP = 3  # saves before anything is counted: the first ones write new files
 TOP = 8  # most-called functions that are listed

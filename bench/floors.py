@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-from stepsave.format.checksum import crc32c
+from awscrt.checksums import crc32c
 
 PAGE_BYTES = 4096
 CACHED_BYTES = 512 << 10

@@ -1,0 +1,1 @@
+"""What a save uses beside time: CPU, memory, system calls, calls."""
