@@ -25,6 +25,7 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore, Preempted
+from stepsave.fit.preemption import PreemptionSignals
 
 
 def preemptible(backup_dir, **kwargs):
@@ -264,3 +265,24 @@ def test_a_plain_script_ends_without_a_traceback_and_goes_on_when_run_again(back
     assert "Traceback" not in err
     out, _ = Child(_SCRIPT, backup_dir, "").wait()
     assert out.strip() == f"{{{float(2 * STEPS)}}} [0, 1]"
+
+
+def test_handlers_may_be_removed_in_any_order():
+    """The callback of an interrupted fit goes when its traceback does, under a later one."""
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append("before"))
+    try:
+        layers = [PreemptionSignals([signal.SIGUSR1], lambda _: False) for _ in range(3)]
+        for layer in layers:
+            layer.install()
+        for layer in (layers[1], layers[0], layers[2]):
+            layer.remove()
+        signal.raise_signal(signal.SIGUSR1)
+        assert received == ["before"]
+        for layer in layers:
+            layer.install()
+        layers[0].remove()
+        signal.raise_signal(signal.SIGUSR1)  # passes through those that are left
+        assert received == ["before"] * 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -64,6 +64,7 @@ class PreemptionSignals:
         self._signals = signals
         self._is_in_fit = is_in_fit
         self._previous: dict[int, Any] = {}
+        self.is_removed = False
         self.received: int | None = None
         self._received_s = 0.0
 
@@ -72,6 +73,7 @@ class PreemptionSignals:
         if threading.current_thread() is not threading.main_thread():
             _logger.info("Not on the main thread: signals of a preemption are not handled.")
             return False
+        self.is_removed = False
         for signum in self._signals:
             # Noted first: interrupted in between, `remove` finds nothing of ours to undo.
             self._previous[signum] = signal.getsignal(signum)
@@ -82,11 +84,20 @@ class PreemptionSignals:
         """Puts the handlers before back, where nobody else has replaced ours since."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for signum, previous in self._previous.items():
+        self.is_removed = True
+        for signum in self._previous:
             if signal.getsignal(signum) == self._note:
                 # None: a handler that was not installed from Python, and cannot be put back.
+                previous = self.handler_before(signum)
                 signal.signal(signum, signal.SIG_DFL if previous is None else previous)
-        self._previous.clear()
+
+    def handler_before(self, signum: int) -> Any:
+        """The handler to put back: not one of ours that was removed while this one lay over it."""
+        previous = self._previous.get(signum)
+        owner = getattr(previous, "__self__", None)
+        if isinstance(owner, PreemptionSignals) and owner.is_removed:
+            return owner.handler_before(signum)
+        return previous
 
     def end(self, saved_step: int, grace_period_s: float | None) -> NoReturn:
         """Ends the training, which is saved: tells the handler before, and raises `Preempted`.
@@ -104,7 +115,7 @@ class PreemptionSignals:
                 waited_s,
                 grace_period_s,
             )
-        previous = self._previous.get(self.received)
+        previous = self.handler_before(self.received)
         self.remove()
         # Python's own for SIGINT is not called: it would only raise `KeyboardInterrupt`.
         if callable(previous) and previous is not signal.default_int_handler:
