@@ -67,7 +67,10 @@ if BACKEND != "torch":  # which does not compile here
     CASES["compiled"] = {"model": compiled(jit_compile=True)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if i % 2 else []) for i, n in enumerate(CASES)],
+)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.filterwarnings("ignore:Early stopping conditioned on metric")
 def test_a_training_with_it_is_resumed_exactly(name, tmp_path):
@@ -76,9 +79,14 @@ def test_a_training_with_it_is_resumed_exactly(name, tmp_path):
     assert not interrupted(tmp_path / "backup", **case).differences(expected)
 
 
+SLOW_CASES = "PyDataset", "tf.data", "tf.data, repeated"
+
+
 @several_steps_per_call
 @pytest.mark.parametrize("where", ["middle", "validation"])
-@pytest.mark.parametrize("source", ["arrays", "PyDataset", "tf.data", "tf.data, repeated"])
+@pytest.mark.parametrize(
+    "source", ["arrays", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
 def test_several_steps_per_call_are_resumed_exactly(where, source, tmp_path):
     case = {"source": source, "model": compiled(steps_per_execution=3)}
     backup = stepsave.BackupAndRestore(tmp_path, 1)
