@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BACKENDS := jax tensorflow torch
+BACKENDS := torch jax tensorflow # the quickest first: what says the same on each runs there
 OLDEST_KERAS := keras==3.14.0
 PYTEST := $(BIN)/python -m pytest
 
@@ -19,17 +19,17 @@ test: $(VENV)/.test
 	  tests/engine tests/test_*.py -n 2 --dist loadfile -m "$(QUICK)"); \
 	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,the callback on $$backend,tests/fit -n 2 -m "$$left"); \
+	  $(call part,the callback on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \
 	  left="$(QUICK) and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 -m "$(QUICK)")
+	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
 
 # Everything: the whole matrix of exact resume, benchmarks, and the oldest Keras that is admitted.
 test-all: test $(VENV)/.oldest-keras
 	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,the rest on $$backend,tests/fit -n 2 -m "$$left"); \
+	  $(call part,the rest on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \
 	  left="$(SLOW) or once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
@@ -37,7 +37,7 @@ test-all: test $(VENV)/.oldest-keras
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
 	for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 -m "$(QUICK)"); \
+	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 --dist loadgroup -m "$(QUICK)"); \
 	done
 
 QUICK := not slow

@@ -101,16 +101,21 @@ def interrupt(source, directory, where, how, killed):
     assert code == expected, errors[-4000:]
 
 
-def cells():
-    """The whole matrix. Not slow is one cell of each kind of data, each on two backends of three.
+LEFT_OUT = ["jax", "tensorflow", "torch"].index(BACKEND)
 
-    Together these have all places and all ends.
-    """
-    left_out = ["jax", "tensorflow", "torch"].index(BACKEND)
+
+def marks_of(number, source, *, is_quick=True):
+    """Each kind of data is quick on two backends of three; what is of one kind runs together."""
+    is_slow = not is_quick or number % 3 == LEFT_OUT
+    return [pytest.mark.xdist_group(source), *([pytest.mark.slow] if is_slow else [])]
+
+
+def cells():
+    """The whole matrix. Quick is one cell of each kind; together these have all places and ends."""
     for number, source in enumerate(SOURCES):
-        quick = (WHERE[number // 3 % 3], HOW[number // 2 % 3]) if number % 3 != left_out else None
+        quick = HOW[number // 2 % 3], WHERE[number // 3 % 3]
         for how, where in itertools.product(HOW, WHERE):
-            marks = [] if (where, how) == quick else [pytest.mark.slow]
+            marks = marks_of(number, source, is_quick=(how, where) == quick)
             yield pytest.param(how, where, source, marks=marks, id=f"{how}-{where}-{source}")
 
 
@@ -130,7 +135,9 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 AT_EPOCH_END = [("epoch end", how) for how in HOW]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(source, marks=marks_of(n, source)) for n, source in enumerate(SOURCES)]
+)
 def test_each_epoch_sees_each_sample_once(source, uninterrupted, tmp_path):
     if "repeated" in source:
         pytest.skip("shuffled over the border of epochs, on purpose")
