@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -301,8 +302,13 @@ class Child:
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # and the workers that it forked
-            out, err = self.process.communicate()
+            out, err = self.kill()
             raise AssertionError(f"it hung:\n{out[-2000:]}\n{err[-4000:]}") from None
         assert self.process.returncode == returncode, f"{out[-2000:]}\n{err[-4000:]}"
         return out, err
+
+    def kill(self):
+        """Ends it and the workers that it forked; closes its pipes, returns what they held."""
+        with contextlib.suppress(ProcessLookupError):  # its workers may outlive it
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.communicate()

@@ -19,7 +19,10 @@ from keras_support import (
 
 import stepsave
 
-pytestmark = pytest.mark.slow  # starts the other backends, which `make test` runs by themselves
+pytestmark = [
+    pytest.mark.slow,  # starts the other backends, which `make test` runs by themselves
+    pytest.mark.xdist_group("other backends"),
+]
 
 OPTIMIZER = "adam"  # two slots per variable
 OTHERS = [backend for backend in BACKENDS if backend != BACKEND]
@@ -53,7 +56,7 @@ def children(tmp_path_factory):
         running[backend] = (Child(_SAVE, *paths, backend=backend), *paths)
     yield running
     for child, *_ in running.values():
-        child.process.kill()
+        child.kill()
 
 
 @pytest.fixture(scope="module", params=OTHERS)
