@@ -102,7 +102,7 @@ def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupte
                 train(model, callback)
             if attempt > 4:
                 break
-        except Interrupted:
+        except (Interrupted, SystemError):  # what TensorFlow makes of some, while it traces
             interrupted += 1
     model, callback = make_model(), backup(backup_dir)
     goes_on(model, callback, expected)

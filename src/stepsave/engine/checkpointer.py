@@ -271,13 +271,7 @@ class Checkpointer:
             TimeoutError: If they have not ended within `timeout_s` seconds altogether.
         """
         self._settle()
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for handle in self._log.in_flight:
-            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            if not handle.wait_ended(left_s):
-                raise TimeoutError(
-                    f"The save of step {handle.step} has not ended after {timeout_s} s."
-                )
+        self._log.drain(timeout_s)
         self.raise_failed()
 
     def drain(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import statistics
+import time
 from collections.abc import Iterable
 
 from stepsave.errors import SaveFailedError
@@ -158,10 +159,19 @@ class SaveLog:
             self._committed += 1
             self._durables_s.append(durable_s)
 
-    def drain(self) -> None:
-        """Returns when no save is in flight; failures stay untold."""
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Returns when no save is in flight; failures stay untold.
+
+        Raises:
+            TimeoutError: If they have not ended within `timeout_s` seconds altogether.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         for handle in self._open:
-            handle.wait_ended(None)
+            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            if not handle.wait_ended(left_s):
+                raise TimeoutError(
+                    f"The save of step {handle.step} has not ended after {timeout_s} s."
+                )
 
     def raise_failed(self) -> None:
         """Raises `SaveFailedError` if a save failed and the user was not told yet."""
