@@ -23,9 +23,9 @@ test: $(VENV)/.test
 	  left="$(QUICK) and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the demo and what the documents show,tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
+	$(call part,what the documents show,tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
 
-# Everything: the whole matrix of exact resume, benchmarks, and the oldest Keras that is admitted.
+# Everything: the whole matrix of exact resume, the demo, benchmarks, and the oldest Keras that is admitted.
 test-all: test $(VENV)/.oldest-keras
 	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
@@ -33,7 +33,7 @@ test-all: test $(VENV)/.oldest-keras
 	  left="$(SLOW) or once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the benchmarks,tests/docs -m "$(SLOW)"); \
+	$(call part,the demo and the benchmarks,tests/demo tests/docs -m "$(SLOW)"); \
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
 	for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \

@@ -302,7 +302,7 @@ SOURCES = {
     "grain DataLoader": lambda: {"x": grain_loader()},
     "generator": lambda: {"x": generator(), "steps_per_epoch": STEPS},
 }
-
+NUMBERS = {source: number for number, source in enumerate(SOURCES)}  # alike on each backend
 
 if BACKEND != "torch":
     # Keras forks them, which processes with JAX or TensorFlow in them do not always survive.
