@@ -49,17 +49,21 @@ def interrupted_at_line(number):
 
 @contextlib.contextmanager
 def interrupted_after(first_s, again_s=0.0):
-    """Raises `Interrupted` in the main thread after a time, and again and again if asked for."""
-    armed = True
+    """Raises `Interrupted` in the main thread after a time, and again and again if asked for.
+
+    Yields a list that is not empty once it was raised.
+    """
+    armed, raised = True, []
 
     def interrupt(*_):
         if armed:
+            raised.append(True)
             raise Interrupted
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, first_s, again_s)
-        yield
+        yield raised
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
