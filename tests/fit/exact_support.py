@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -413,6 +414,9 @@ def serve():
     The processes are forked from this one, which has imported everything and computed nothing:
     importing takes longer than these trainings.
     """
+    # The last by Keras, on each backend, to seed it where it is installed.
+    for name in ("torch", "torchdata.stateful_dataloader", "grain", "tensorflow"):
+        importlib.import_module(name)
     for line in sys.stdin:
         arguments = json.loads(line)
         pid = os.fork()

@@ -59,12 +59,17 @@ def uninterrupted():
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Runs a training in a process that is killed; returns its exit code and what it wrote."""
-    errors = tmp_path_factory.mktemp("killed") / "stderr.txt"
+    directory = tmp_path_factory.mktemp("killed")
+    errors = directory / "stderr.txt"
+    compiled = {  # by the processes before; JAX compiles longer than it trains here
+        "JAX_COMPILATION_CACHE_DIR": str(directory),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
             [sys.executable, "-c", "import exact_support; exact_support.serve()"],
-            env=child_environment(),
+            env=child_environment(**compiled),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
