@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
 	  $(call part,the callback on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \
-	  left="$(QUICK) and not once"; \
+	  left="$(QUICK) and not first and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
 	$(call part,what the documents show,tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
@@ -30,14 +30,15 @@ test-all: test $(VENV)/.oldest-keras
 	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
 	  $(call part,the rest on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \
-	  left="$(SLOW) or once"; \
+	  left="($(SLOW) or first) and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the demo and the benchmarks,tests/demo tests/docs -m "$(SLOW)"); \
+	$(call part,the demo and the benchmarks,tests/demo tests/docs -n 2 --dist loadfile -m "$(SLOW)"); \
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
-	for backend in $(BACKENDS); do \
+	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 --dist loadgroup -m "$(QUICK)"); \
+	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 --dist loadgroup -m "$$left"); \
+	  left="$(QUICK) and not once"; \
 	done
 
 QUICK := not slow

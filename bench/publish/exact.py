@@ -21,10 +21,11 @@ JSON = DOCS / "exact-resume.json"
 TABLE = DOCS / "exact-resume.md"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 TESTS = ("tests/fit/test_exact_resume.py", "tests/fit/test_sources.py")
-PLACES = {"middle": "within an epoch", "epoch end": "between epochs", "validation": "in validation"}
+PLACES = {"middle": "within an epoch", "validation": "in validation", "epoch end": "between epochs"}
 ENDS = ("exception", "SIGTERM", "SIGKILL")
 
-_CELL = re.compile(r"equals_the_uninterrupted_one\[(\w+)-([\w ]+?)-(.+)\]$")
+# Cases are named "exception middle, SIGKILL validation, SIGTERM epoch end-arrays".
+_CHAIN = re.compile(r"equals_the_uninterrupted_one\[([\w, ]+)-(.+)\]$")
 _DOUBT = re.compile(r"test_position_only\[(.+)\]$")
 
 HEAD = """# Exact resume
@@ -36,7 +37,8 @@ interrupted: the same weights, optimizer slots, seeds, metrics and logs of each 
 samples in the same order, none twice and none missing. Each cell is a test that compares all of
 these: dropout, batch normalisation, shuffling, `EarlyStopping` with its best weights,
 `ReduceLROnPlateau`, `LearningRateScheduler` and a callback with a state of its own; interrupted
-**{places}**, each by {ends}: {tests} trainings that were interrupted.
+**{places}**, in one training after the other, each by {ends}:
+{tests} interruptions.
 """
 
 AFTER = """
@@ -93,7 +95,17 @@ def run_tests(backends: list[str]) -> dict[str, dict]:
     for backend in backends:
         with tempfile.TemporaryDirectory() as directory:
             report = Path(directory) / "report.xml"
-            command = [sys.executable, "-m", "pytest", *TESTS, "-n", "2", "-q"]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *TESTS,
+                "-n",
+                "2",
+                "--dist",
+                "loadgroup",
+                "-q",
+            ]
             subprocess.run(
                 [*command, f"--junitxml={report}", "-o", "junit_family=xunit1"],
                 env=os.environ | {"KERAS_BACKEND": backend},
@@ -111,9 +123,11 @@ def read_report(path: Path) -> dict[str, dict]:
     doubts: dict[str, str] = {}
     for case in ET.parse(path).getroot().iter("testcase"):
         passed = not any(case.find(tag) is not None for tag in ("failure", "error", "skipped"))
-        if cell := _CELL.search(case.get("name", "")):
-            how, where, source = cell.groups()
-            cells.setdefault(source, {}).setdefault(where, {})[how] = passed
+        if chain := _CHAIN.search(case.get("name", "")):
+            ends, source = chain.groups()
+            for end in ends.split(", "):
+                how, where = end.split(" ", 1)
+                cells.setdefault(source, {}).setdefault(where, {})[how] = passed
         elif doubt := _DOUBT.search(case.get("name", "")):
             (reason,) = [p.get("value") for p in case.iter("property") if p.get("name") == "reason"]
             assert passed, doubt[1]

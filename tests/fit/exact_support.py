@@ -120,13 +120,14 @@ class Counts(keras.callbacks.Callback):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Ends a training in one of three places, in one of three ways."""
+    """Ends a training in one of three places of an epoch, in one of three ways."""
 
-    def __init__(self, where, how, backup, batch=5, interrupted_epoch=1):
+    def __init__(self, where, how, backup, batch=5, interrupted_epoch=1, first_epoch=0):
         super().__init__()
         self.where, self.how, self.backup, self.batch = where, how, backup, batch
         self.times = 1
         self.interrupted_epoch = interrupted_epoch
+        self.first_epoch = first_epoch
 
     def fire(self):
         if not self.times:
@@ -141,13 +142,16 @@ class Interrupt(keras.callbacks.Callback):
         signal.raise_signal(getattr(signal, self.how))
 
     def on_epoch_begin(self, epoch, logs=None):
+        # One that began from the start would end the same.
+        assert epoch >= self.first_epoch, "the training was not resumed"
         self.epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self.where == "middle" and (self.epoch, batch) == (1, self.batch):
+        if self.where == "middle" and (self.epoch, batch) == (self.interrupted_epoch, self.batch):
             self.fire()
         # The last epoch is saved when all callbacks know of its end, so it is killed after that.
-        if self.where == "epoch end" and self.how != "SIGTERM" and (self.epoch, batch) == (2, 1):
+        after = self.interrupted_epoch + 1, 1
+        if self.where == "epoch end" and self.how != "SIGTERM" and (self.epoch, batch) == after:
             self.fire()
 
     def on_test_batch_begin(self, batch, logs=None):
@@ -156,7 +160,7 @@ class Interrupt(keras.callbacks.Callback):
             self.fire()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.where == "epoch end" and self.how == "SIGTERM" and epoch == 1:
+        if self.where == "epoch end" and self.how == "SIGTERM" and epoch == self.interrupted_epoch:
             self.fire()
 
 
@@ -402,10 +406,10 @@ def backup_for(directory, how, where="middle", **kwargs):
     return stepsave.BackupAndRestore(directory, **{"save_freq": SAVE_FREQ[where]} | kwargs)
 
 
-def train_until_killed(source, directory, where, how):
+def train_until_killed(source, directory, where, how, epochs):
     keras.config.disable_interactive_logging()
     backup = backup_for(directory, how, where)
-    train(source, backup, Interrupt(where, how, backup))
+    train(source, backup, Interrupt(where, how, backup, **epochs))
 
 
 def serve():

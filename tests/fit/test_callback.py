@@ -35,7 +35,7 @@ from keras_support import (
 import stepsave
 from stepsave import BackupAndRestore
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.first
 
 # The constructor.
 

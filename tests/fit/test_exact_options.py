@@ -1,6 +1,7 @@
 """Exact resume with everything that `fit` and `compile` can be asked for."""
 # ruff: noqa: ARG002  callbacks have Keras's signatures
 
+import functools
 import shutil
 import signal
 import warnings
@@ -24,7 +25,7 @@ from keras_support import several_steps_per_call
 
 import stepsave
 
-pytestmark = pytest.mark.once
+uninterrupted = functools.cache(train)
 
 
 def interrupted(directory, *, save_freq=3, where="middle", source="arrays", **kwargs):
@@ -71,6 +72,7 @@ if BACKEND != "torch":  # which does not compile here
     "name",
     [pytest.param(n, marks=[pytest.mark.slow] if i % 2 else []) for i, n in enumerate(CASES)],
 )
+@pytest.mark.first
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.filterwarnings("ignore:Early stopping conditioned on metric")
 def test_a_training_with_it_is_resumed_exactly(name, tmp_path):
@@ -79,37 +81,28 @@ def test_a_training_with_it_is_resumed_exactly(name, tmp_path):
     assert not interrupted(tmp_path / "backup", **case).differences(expected)
 
 
+three_steps_per_call = compiled(steps_per_execution=3)
 SLOW_CASES = "PyDataset", "tf.data", "tf.data, repeated"
 
 
+@pytest.mark.first
 @several_steps_per_call
 @pytest.mark.parametrize("where", ["middle", "validation"])
 @pytest.mark.parametrize(
     "source", ["arrays", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
 def test_several_steps_per_call_are_resumed_exactly(where, source, tmp_path):
-    case = {"source": source, "model": compiled(steps_per_execution=3)}
     backup = stepsave.BackupAndRestore(tmp_path, 1)
     # Calls begin with batches 0, 3 and 6.
     stop = Interrupt(where, "exception", backup, batch=6)
     with pytest.raises(StopError):
-        train(case["source"], backup, stop, model=case["model"])
+        train(source, backup, stop, model=three_steps_per_call)
     backup._saver.close()
-    found = train(source, stepsave.BackupAndRestore(tmp_path, 1), model=case["model"])
-    assert not found.differences(train(source, model=case["model"]))
+    found = train(source, stepsave.BackupAndRestore(tmp_path, 1), model=three_steps_per_call)
+    assert not found.differences(uninterrupted(source, model=three_steps_per_call))
 
 
-def test_two_interruptions_in_a_row_are_resumed_exactly(tmp_path):
-    expected = train("PyDataset")
-    for where in ("middle", "validation", "epoch end"):
-        backup = stepsave.BackupAndRestore(tmp_path, 3 if where == "middle" else 1)
-        with pytest.raises(StopError):
-            train("PyDataset", backup, Interrupt(where, "exception", backup))
-        backup._saver.close()
-    found = train("PyDataset", stepsave.BackupAndRestore(tmp_path, 3))
-    assert not found.differences(expected)
-
-
+@pytest.mark.first
 def test_an_interruption_right_after_the_resume_is_resumed_exactly(tmp_path):
     backup = stepsave.BackupAndRestore(tmp_path, 3)
     with pytest.raises(StopError):
@@ -122,15 +115,17 @@ def test_an_interruption_right_after_the_resume_is_resumed_exactly(tmp_path):
         assert backup._saved_step == 12
         backup._saver.close()
     found = train("tf.data", stepsave.BackupAndRestore(tmp_path, 3))
-    assert not found.differences(train("tf.data"))
+    assert not found.differences(uninterrupted("tf.data"))
 
 
+@pytest.mark.once
 def test_an_interruption_before_the_first_save_is_no_resume(tmp_path):
     found = interrupted(tmp_path, save_freq=100)
-    assert not found.differences(train("arrays"))
+    assert not found.differences(uninterrupted("arrays"))
     assert list(found.logs) == list(range(EPOCHS))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("save_freq", ["epoch", STEPS])
 def test_a_completed_training_that_is_run_again_ends_the_same(save_freq, tmp_path):
     expected = train(
@@ -146,6 +141,7 @@ class StopAfter(keras.callbacks.Callback):
         self.model.stop_training = epoch == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dies", [True, False])
 def test_a_training_that_a_callback_ended_is_not_gone_on_with(dies, tmp_path):
     class Die(keras.callbacks.Callback):
@@ -164,35 +160,38 @@ def test_a_training_that_a_callback_ended_is_not_gone_on_with(dies, tmp_path):
     assert found.logs == {}
 
 
+@pytest.mark.first
 def test_the_callback_changes_nothing_in_a_training(tmp_path):
     backup = stepsave.BackupAndRestore(tmp_path, 1, save_before_preemption=True)
-    assert not train("arrays", backup).differences(train("arrays"))
+    assert not train("arrays", backup).differences(uninterrupted("arrays"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 def test_the_place_in_the_list_of_callbacks_does_not_matter(first, tmp_path):
     def run(backup, interrupt=None):
         ends = [backup, interrupt] if interrupt else [backup]
         return train("arrays", more=ends if not first else (), before=ends if first else ())
 
-    expected = train("arrays")
     backup = stepsave.BackupAndRestore(tmp_path)
     with pytest.raises(StopError):
         run(backup, Interrupt("epoch end", "exception", backup))
     backup._saver.close()
-    assert not run(stepsave.BackupAndRestore(tmp_path)).differences(expected)
+    found = run(stepsave.BackupAndRestore(tmp_path))
+    assert not found.differences(uninterrupted("arrays"))
 
 
 # The history.
 
 
+@pytest.mark.once
 def test_the_history_is_that_of_the_epochs_run_now_or_of_all(tmp_path):
     backup = stepsave.BackupAndRestore(tmp_path, 3, history="all")
     with pytest.raises(StopError):
         train("arrays", backup, Interrupt("middle", "exception", backup))
     backup._saver.close()
     shutil.copytree(tmp_path, tmp_path.with_name("copy"))
-    epochs, values = train("arrays").history
+    epochs, values = uninterrupted("arrays").history
     new = train("arrays", stepsave.BackupAndRestore(tmp_path.with_name("copy"), 3))
     assert new.history == (epochs[1:], {name: logs[1:] for name, logs in values.items()})
     found = train("arrays", stepsave.BackupAndRestore(tmp_path, 3, history="all"))
@@ -202,24 +201,34 @@ def test_the_history_is_that_of_the_epochs_run_now_or_of_all(tmp_path):
 # Averaged weights that are swapped in for validation, or between epochs.
 
 
+averaged = optimizer(use_ema=True)
+
+
+@functools.cache
+def uninterrupted_with_swaps(swap_on_epoch):
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+    return train("arrays", model=averaged, more=[swap])
+
+
+@pytest.mark.first
 @pytest.mark.parametrize("swap_on_epoch", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["middle", "epoch end", "validation"])
 @pytest.mark.parametrize("how", ["exception", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_swapped_averages_are_resumed_exactly(swap_on_epoch, where, how, tmp_path):
-    model = optimizer(use_ema=True)
-
     def run(*callbacks):
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
-        return train("arrays", *callbacks, model=model, more=[swap])
+        return train("arrays", *callbacks, model=averaged, more=[swap])
 
     save_freq = "epoch" if where == "epoch end" else 3 if where == "middle" else STEPS
     backup = stepsave.BackupAndRestore(tmp_path, save_freq, save_before_preemption=True)
     with pytest.raises(StopError if how == "exception" else stepsave.Preempted):
         run(backup, Interrupt(where, how, backup))
     backup._saver.close()
-    assert not run(stepsave.BackupAndRestore(tmp_path)).differences(run())
+    found = run(stepsave.BackupAndRestore(tmp_path))
+    assert not found.differences(uninterrupted_with_swaps(swap_on_epoch))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", ["exception", "SIGTERM"])
 def test_an_epoch_that_a_callback_cut_short_is_not_trained_on(how, tmp_path):
     class Stop(keras.callbacks.Callback):
@@ -242,6 +251,7 @@ def test_an_epoch_that_a_callback_cut_short_is_not_trained_on(how, tmp_path):
 # Callbacks that save models.
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("save_freq", ["epoch", 4])
 def test_keras_own_checkpoints_are_written_for_the_same_batches(save_freq, tmp_path):
     def run(name, *callbacks):
@@ -269,6 +279,7 @@ def test_keras_own_checkpoints_are_written_for_the_same_batches(save_freq, tmp_p
 # What does not fit.
 
 
+@pytest.mark.first
 def test_data_that_is_shorter_than_before_is_refused(tmp_path):
     def batches(count):
         x = np.zeros((2, 5), np.float32)
@@ -298,6 +309,7 @@ class StopAtBatch(keras.callbacks.Callback):
             raise StopError
 
 
+@pytest.mark.once
 def test_a_fit_that_is_not_that_of_keras_resumes_at_an_epoch_and_says_so(tmp_path):
     class Own(keras.Model):
         """Calls the hooks of callbacks as a loop of its own."""
@@ -322,6 +334,7 @@ def _inputs_and_outputs():
     return inputs, keras.layers.Dense(1)(inputs)
 
 
+@pytest.mark.first
 def test_other_callbacks_see_no_batch_that_is_passed_over(tmp_path):
     begun = []
 
@@ -338,6 +351,7 @@ def test_other_callbacks_see_no_batch_that_is_passed_over(tmp_path):
     assert begun == sorted([*once, (1, 5)])
 
 
+@pytest.mark.first
 def test_a_longer_epoch_is_gone_on_with_and_a_shorter_one_is_over(tmp_path):
     backup = stepsave.BackupAndRestore(tmp_path / "backup", 3)
     data = {"x": Rows(), "shuffle": False, "verbose": 0}
@@ -360,6 +374,7 @@ def test_a_longer_epoch_is_gone_on_with_and_a_shorter_one_is_over(tmp_path):
     assert steps == [6, 6, 7]
 
 
+@pytest.mark.once
 def test_no_warning_is_given_for_data_that_comes_again(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", stepsave.UnreproducibleDataWarning)

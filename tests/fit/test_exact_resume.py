@@ -1,10 +1,9 @@
 """A resumed training is bit for bit the training that was not interrupted.
 
-Each kind of data, interrupted in three places in three ways; `docs/exact-resume.md` is made
-from what these tests note.
+Each kind of data, interrupted in three places, one after the other in one training, in three
+ways; `docs/exact-resume.md` is made from what these tests note.
 """
 
-import itertools
 import json
 import os
 import signal
@@ -29,7 +28,8 @@ from keras_support import BACKENDS, child_environment
 
 import stepsave
 
-WHERE = ("middle", "epoch end", "validation")
+# Where, in the order of training; in which epoch; and that in which the training goes on there.
+PLACES = {"middle": (1, 1), "validation": (1, 1), "epoch end": (2, 3)}
 HOW = ("exception", "SIGKILL", "SIGTERM")
 
 pytestmark = [
@@ -94,15 +94,15 @@ def killed(tmp_path_factory):
             raise
 
 
-def interrupt(source, directory, where, how, killed):
+def interrupt(source, directory, where, how, killed, **epochs):
     """Runs a training until it is interrupted."""
     if how == "exception":
         backup = backup_for(directory, how, where)
         with pytest.raises(StopError):
-            train(source, backup, Interrupt(where, how, backup))
+            train(source, backup, Interrupt(where, how, backup, **epochs))
         backup._saver.close()
         return
-    code, errors = killed(source, str(directory), where, how)
+    code, errors = killed(source, str(directory), where, how, epochs)
     expected = -signal.SIGKILL if how == "SIGKILL" else stepsave.Preempted.EXIT_CODE
     assert code == expected, errors[-4000:]
 
@@ -116,30 +116,31 @@ def marks_of(source, *, is_quick=True):
     return [pytest.mark.xdist_group(source), *([pytest.mark.slow] if is_slow else [])]
 
 
-def cells():
-    """The whole matrix. Quick is one cell of each kind; together these have all places and ends."""
+def chains():
+    """Three for each kind of data, with all ways in all places. Quick is one of each kind."""
     for source in SOURCES:
         kind = NUMBERS[source] // len(BACKENDS)
-        quick = HOW[(kind + kind // 3 + HERE) % 3], WHERE[kind % 3]
-        for how, where in itertools.product(HOW, WHERE):
-            marks = marks_of(source, is_quick=(how, where) == quick)
-            yield pytest.param(how, where, source, marks=marks, id=f"{how}-{where}-{source}")
+        for first in range(len(HOW)):
+            ends = [(HOW[(first + i) % len(HOW)], where) for i, where in enumerate(PLACES)]
+            name = ", ".join(f"{how} {where}" for how, where in ends)
+            marks = marks_of(source, is_quick=first == (kind + HERE) % len(HOW))
+            yield pytest.param(ends, source, marks=marks, id=f"{name}-{source}")
 
 
-@pytest.mark.parametrize(("how", "where", "source"), list(cells()))
-def test_a_resumed_training_equals_the_uninterrupted_one(
-    source, where, how, uninterrupted, killed, tmp_path
+@pytest.mark.parametrize(("ends", "source"), list(chains()))
+def test_a_training_resumed_again_and_again_equals_the_uninterrupted_one(
+    source, ends, uninterrupted, killed, tmp_path
 ):
     expected = uninterrupted(source, tmp_path)
-    interrupt(source, tmp_path / "backup", where, how, killed)
-    found = train(source, backup_for(tmp_path / "backup", "exception", where))
+    goes_on_in = 0
+    for how, where in ends:
+        epochs = {"interrupted_epoch": PLACES[where][0], "first_epoch": goes_on_in}
+        interrupt(source, tmp_path / "backup", where, how, killed, **epochs)
+        goes_on_in = PLACES[where][1]
+    found = train(source, backup_for(tmp_path / "backup", "exception"))
     assert not found.differences(expected)
-    # The epoch that was interrupted is gone on with, or the next one begun.
-    assert list(found.logs) == list(range(2 if (where, how) in AT_EPOCH_END else 1, EPOCHS))
+    assert list(found.logs) == list(range(goes_on_in, EPOCHS))
     np.testing.assert_array_equal(found.seen, expected.seen)
-
-
-AT_EPOCH_END = [("epoch end", how) for how in HOW]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def goes_on(model, callback, expected):
 
 @pytest.mark.parametrize(
     "point",
-    [pytest.param(n, marks=[pytest.mark.slow] if n % 6 else []) for n in range(POINTS)],
+    [
+        pytest.param(n, marks=[pytest.mark.slow, pytest.mark.once] if n % 6 else [])
+        for n in range(POINTS)
+    ],
 )
 @pytest.mark.parametrize("again", ["new objects", "the same objects"])
 def test_a_fit_interrupted_at_any_line_of_ours_goes_on(backup_dir, uninterrupted, point, again):

@@ -24,7 +24,7 @@ from keras_support import (
 
 import stepsave
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.first
 
 BOTH = pytest.mark.parametrize(
     ("kind", "has_bug"),

@@ -81,7 +81,7 @@ def test_an_epoch_iterator_has_the_methods_that_are_watched():
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.once
+@pytest.mark.first
 def test_each_kind_of_data_is_known_by_its_adapter(source, backup_dir):
     backup = backup_for(backup_dir, "exception")
     names = []

@@ -5,7 +5,7 @@ import json
 import pytest
 from keras_support import Child
 
-pytestmark = [pytest.mark.once, pytest.mark.xdist_group("Keras's own tests")]
+pytestmark = [pytest.mark.first, pytest.mark.xdist_group("Keras's own tests")]
 
 _RUN = """
 import collections, importlib, json, os, sys, unittest

@@ -69,7 +69,7 @@ def test_the_example_of_keras_documentation_runs_with_an_unbuilt_model(backup_di
     assert not backup_dir.exists()
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_the_example_goes_on_in_a_fresh_process_with_an_unbuilt_model(backup_dir, tmp_path):
     names = run_example(backup_dir, _EXAMPLE, _FIRST)
     leave(names["callback"])

@@ -260,7 +260,7 @@ def _unseeded():
     tf.random.set_seed(7)
 
 
-@pytest.mark.once
+@pytest.mark.first
 @pytest.mark.usefixtures("_unseeded")
 @pytest.mark.parametrize("name", DOUBTFUL)
 def test_position_only(name, tmp_path, record_property):

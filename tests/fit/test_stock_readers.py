@@ -27,7 +27,7 @@ ts = pytest.importorskip("tensorstore")
 # Orbax 0.12 and JAX 0.10 for each other: how PyTreeCheckpointer is to be called, and that
 # arrays saved without a JAX sharding are restored by it.
 pytestmark = [
-    pytest.mark.once,
+    pytest.mark.first,
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:orbax"),
     pytest.mark.filterwarnings("ignore:.*:UserWarning:orbax"),
 ]
