@@ -25,8 +25,8 @@ PLACES = {"middle": "within an epoch", "validation": "in validation", "epoch end
 ENDS = ("exception", "SIGTERM", "SIGKILL")
 
 # Cases are named "exception middle, SIGKILL validation, SIGTERM epoch end-arrays".
-_CHAIN = re.compile(r"equals_the_uninterrupted_one\[([\w, ]+)-(.+)\]$")
-_DOUBT = re.compile(r"test_position_only\[(.+)\]$")
+_CHAIN = re.compile(r"equals_the_uninterrupted_one\[([\w, ]+)-(.+)\](?:@.*)?$")
+_DOUBT = re.compile(r"test_position_only\[(.+)\](?:@.*)?$")
 
 HEAD = """# Exact resume
 
