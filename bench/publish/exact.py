@@ -1,6 +1,6 @@
 """Runs the matrix of exact resume, and makes docs/exact-resume.md from what passed.
 
-python -m bench.publish.exact            # runs the tests on all backends: about ten minutes
+python -m bench.publish.exact            # runs the tests on all backends: a quarter of an hour
 python -m bench.publish.exact --publish  # only makes the table from docs/exact-resume.json
 """
 
@@ -37,8 +37,8 @@ interrupted: the same weights, optimizer slots, seeds, metrics and logs of each 
 samples in the same order, none twice and none missing. Each cell is a test that compares all of
 these: dropout, batch normalisation, shuffling, `EarlyStopping` with its best weights,
 `ReduceLROnPlateau`, `LearningRateScheduler` and a callback with a state of its own; interrupted
-**{places}**, in one training after the other, each by {ends}:
-{tests} interruptions.
+**{places}**, one after the other in the same training, each by {ends};
+{tests} interruptions in all.
 """
 
 AFTER = """
@@ -95,17 +95,8 @@ def run_tests(backends: list[str]) -> dict[str, dict]:
     for backend in backends:
         with tempfile.TemporaryDirectory() as directory:
             report = Path(directory) / "report.xml"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                *TESTS,
-                "-n",
-                "2",
-                "--dist",
-                "loadgroup",
-                "-q",
-            ]
+            two_at_a_time = ["-n", "2", "--dist", "loadgroup"]
+            command = [sys.executable, "-m", "pytest", *TESTS, *two_at_a_time, "-q"]
             subprocess.run(
                 [*command, f"--junitxml={report}", "-o", "junit_family=xunit1"],
                 env=os.environ | {"KERAS_BACKEND": backend},
