@@ -47,24 +47,30 @@ def interrupted_at_line(number):
         sys.settrace(before)
 
 
-@contextlib.contextmanager
-def interrupted_after(first_s, again_s=0.0):
+class InterruptedAfter:
     """Raises `Interrupted` in the main thread after a time, and again and again if asked for.
 
-    Yields a list that is not empty once it was raised.
+    The body alone is interrupted, never the beginning and the end of this here. The handler stays
+    when it is over, and does nothing: a signal can be on its way when the timer is stopped, and
+    would kill the process if it found the default.
     """
-    armed, raised = True, []
 
-    def interrupt(*_):
-        if armed:
-            raised.append(True)
-            raise Interrupted
+    def __init__(self, first_s, again_s=0.0):
+        self._timer = first_s, again_s
+        self._armed = False
+        self.raised = False
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, first_s, again_s)
-        yield raised
-    finally:
-        armed = False
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, self._interrupt)
+        self._armed = True
+        signal.setitimer(signal.ITIMER_REAL, *self._timer)
+        return self
+
+    def __exit__(self, *_):
+        self._armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+
+    def _interrupt(self, _, frame):
+        if self._armed and frame.f_code is not InterruptedAfter.__exit__.__code__:
+            self.raised = True
+            raise Interrupted

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from engine_support import check_python
-from interrupting import Interrupted, interrupted_after
+from interrupting import Interrupted, InterruptedAfter
 
 from stepsave.threads import Crew, Latch
 
@@ -35,7 +35,7 @@ def test_a_latch_lets_all_pass_who_wait_and_who_come_later():
 def test_a_wait_that_is_interrupted_hinders_nobody():
     latch = Latch()
     for _ in range(50):
-        with pytest.raises(Interrupted), interrupted_after(0.001):
+        with pytest.raises(Interrupted), InterruptedAfter(0.001):
             latch.wait(30)
     threading.Timer(0.01, latch.open).start()
     assert latch.wait(30)
@@ -63,7 +63,7 @@ def test_a_call_goes_on_when_its_caller_is_interrupted(crew):
         time.sleep(0.1)
         done.open()
 
-    with pytest.raises(Interrupted), interrupted_after(0.02):
+    with pytest.raises(Interrupted), InterruptedAfter(0.02):
         crew.call(work)
     assert done.wait(30)
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from engine_support import assert_is_state_of, restore_once, state_of
-from interrupting import Interrupted, interrupted_after, interrupted_at_line
+from interrupting import Interrupted, InterruptedAfter, interrupted_at_line
 
 import stepsave
 
@@ -218,7 +218,7 @@ def test_saves_interrupted_at_two_thousand_instants_lose_nothing(tmp_path, again
         durable = 0
         for step in range(1, 2001):
             try:
-                with interrupted_after(chance.uniform(1e-5, 0.003), again_s):
+                with InterruptedAfter(chance.uniform(1e-5, 0.003), again_s):
                     saver.save(step, state_of(step)).wait()
                 durable = step
             except Interrupted:
@@ -244,7 +244,7 @@ def test_a_checkpointer_is_opened_used_and_closed_at_three_hundred_instants(tmp_
     for _ in range(300):
         saver = None
         try:
-            with interrupted_after(chance.uniform(1e-5, 0.03)):
+            with InterruptedAfter(chance.uniform(1e-5, 0.03)):
                 saver = stepsave.Checkpointer(tmp_path)
                 backup = saver.restore()
                 step = backup.step + 1 if backup else 0

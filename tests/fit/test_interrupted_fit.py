@@ -9,7 +9,7 @@ import signal
 import keras
 import numpy as np
 import pytest
-from interrupting import Interrupted, interrupted_after, interrupted_at_line
+from interrupting import Interrupted, InterruptedAfter, interrupted_at_line
 
 from stepsave import BackupAndRestore, StepsaveError
 
@@ -101,14 +101,14 @@ def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupte
     for attempt in range(20):
         model, callback = make_model(), backup(backup_dir, delete_checkpoint=False)
         try:
-            with interrupted_after(chance.uniform(0.01, 0.3) if attempt > 4 else 0.002) as raised:
+            with InterruptedAfter(chance.uniform(0.01, 0.3) if attempt > 4 else 0.002) as timer:
                 train(model, callback)
             if attempt > 4:
                 break
         except StepsaveError:
             raise
         except BaseException:  # Keras and the backends make errors of their own of some
-            if not raised:
+            if not timer.raised:
                 raise
             interrupted += 1
     model, callback = make_model(), backup(backup_dir)
