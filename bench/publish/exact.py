@@ -79,6 +79,11 @@ another order. A `stepsave.UnreproducibleDataWarning` says so when training begi
 END = """
 ## What is restored besides
 
+All that Keras's `save_weights` stores, below the model too: other optimizers, metrics that are
+attributes, buffers of torch modules, what a layer keeps by `save_own_variables`. What a
+`train_step` changes in plain Python attributes is not saved; a callback with `get_state()` and
+`set_state(state)` carries it.
+
 The position; Keras's seed generators and its global one; the generators of Python, NumPy, torch
 and TensorFlow (eager operations); metrics within an epoch; the callbacks `EarlyStopping`,
 `ReduceLROnPlateau`, `ModelCheckpoint`, `OrbaxCheckpoint`, `SwapEMAWeights`, `TensorBoard` (its

@@ -21,11 +21,10 @@ from keras_support import (
 )
 
 import stepsave
+from stepsave.fit.matching import COLLECTIONS, _partners
 from stepsave.fit.model_config import model_config
 from stepsave.fit.variables import (
-    COLLECTIONS,
     ModelVariables,
-    _partners,
     _unique_paths,
     prepare_model,
     restore_variables,

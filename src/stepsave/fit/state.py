@@ -22,6 +22,7 @@ from stepsave.fit import callback_states, keras_internals
 from stepsave.fit.data_position import Resume, Stream
 from stepsave.fit.loop import FitLoop
 from stepsave.fit.model_config import model_config
+from stepsave.fit.saveables import SAVEABLES
 from stepsave.fit.variables import (
     ModelVariables,
     Restored,
@@ -37,7 +38,7 @@ __all__ = ("BeforeValidation", "Cut", "FitState", "RestoredFit", "restore_fit")
 
 # Arrays beside the variables lie where stock Keras, which refuses collections that it does not
 # know, passes over names that it does not know.
-_COLLECTION, _OURS = "metrics_variables", "stepsave"
+_COLLECTION, _OURS, _BELOW = SAVEABLES
 _CALLBACKS = (_COLLECTION, _OURS, "callbacks")
 _KERAS_SEED = (_COLLECTION, _OURS, "rng", "keras")
 
@@ -122,7 +123,7 @@ class FitState:
         Raises:
             InvalidStateError: If the state of a callback cannot be saved.
         """
-        metadata, arrays = self._describe(position, siblings, before)
+        metadata, arrays = self._describe(position, siblings, before, self._collect(saver))
         return metadata, *self._leaves(saver, arrays, before)
 
     def _describe(
@@ -130,6 +131,7 @@ class FitState:
         position: TrainingPosition,
         siblings: Sequence[Any],
         before: BeforeValidation | None,
+        variables: ModelVariables,
     ) -> tuple[dict[str, Any], list[Any]]:
         """Returns the metadata of a backup, and arrays that belong to it."""
         model, loop = self._model, self._loop
@@ -139,6 +141,7 @@ class FitState:
             "keras_version": keras.version(),
             "position": position.to_json(),
             "build_config": _build_config(model),
+            "saveables": self._ask(variables, arrays),
         }
         if loop is None:
             return document, arrays
@@ -155,6 +158,12 @@ class FitState:
             "history": self._history(),
         }
         return document, arrays
+
+    def _ask(self, variables: ModelVariables, arrays: list[Any]) -> list[dict[str, Any]]:
+        below = variables.below
+        if below.must_be_asked and keras_internals.jax_state(self._model) is not None:
+            self._model.jax_state_sync()  # what they store may be made of their variables
+        return below.ask(arrays)
 
     def _leaves(
         self, saver: Checkpointer, arrays: Sequence[Any], before: BeforeValidation | None
@@ -286,9 +295,12 @@ def restore_fit(model: Any, backup: Backup) -> RestoredFit:
     metrics = state[_COLLECTION] = dict(state.get(_COLLECTION, {}))
     ours: Mapping[str, Any] = metrics.pop(_OURS, {})
     arrays, seed = ours.get("callbacks", {}), ours.get("rng", {}).get("keras")
+    if _BELOW in ours:
+        metrics[_OURS] = {_BELOW: ours[_BELOW]}
     prepare_model(model, metadata.get("build_config"))
-    variables = restore_variables(model, state, metadata.get("backend"))
     in_order = [arrays[key] for key in sorted(arrays, key=int)]
+    own_state = metadata.get("saveables", ()), in_order
+    variables = restore_variables(model, state, metadata.get("backend"), own_state)
     return RestoredFit(position, variables, document, in_order, seed)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,18 +10,12 @@ import numpy as np
 
 from stepsave.errors import BackupMismatchError
 from stepsave.fit import keras_internals
+from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, match
+from stepsave.fit.saveables import OwnState, Saveables
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import HostArray
 
 __all__ = ("ModelVariables", "Restored", "prepare_model", "restore_variables")
-
-COLLECTIONS = (
-    "trainable_variables",
-    "non_trainable_variables",
-    "optimizer_variables",
-    "metrics_variables",
-)
-"""As in `keras.Model.get_state_tree`, and in the order of JAX's training state."""
 
 _MAX_LISTED = 20  # variables that an error text lists
 
@@ -33,6 +26,7 @@ class ModelVariables:
     Attributes:
         paths: Path of each variable in the state: collection, then the keys of its path.
         variables: The Keras variables.
+        below: The objects below the model; their variables are the last ones.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,11 +40,24 @@ class ModelVariables:
             self.variables += variables
             paths = _unique_paths([variable.path for variable in variables])
             self.paths += [(collection, *path) for path in paths]
+        self.below = Saveables(model, self.variables)
+        self.paths += self.below.paths
+        self.variables += self.below.variables
+
+    @property
+    def by_path(self) -> dict[tuple[str, ...], Any]:
+        return dict(zip(self.paths, self.variables, strict=True))
+
+    @property
+    def optional(self) -> set[tuple[str, ...]]:
+        """Paths of variables of metrics below the model, which may be new ones."""
+        below = zip(self.below.paths, self.below.kinds, strict=True)
+        return {path for path, kind in below if kind == "metric"}
 
     def is_current(self) -> bool:
         """Whether the model still has as many variables: Keras makes some only when used."""
         counts = [len(_collection(self._model, collection)) for collection in COLLECTIONS]
-        return counts == self._counts
+        return counts == self._counts and self.below.are_current()
 
     def values(self) -> list[Any]:
         """The present values as arrays of the backend, in the order of `paths`.
@@ -70,7 +77,7 @@ class ModelVariables:
                 model.jax_state_sync()
                 return [variable.value for variable in self.variables]
             values += part
-        return values
+        return values + [variable.value for variable in self.below.variables]
 
 
 def prepare_model(model: Any, build_config: Mapping[str, Any] | None) -> None:
@@ -108,10 +115,17 @@ class Restored:
     as the learning rate, that a training which was not interrupted would not change there.
     """
 
-    def __init__(self, model: Any, state: Mapping[str, Any], saved_backend: str | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        state: Mapping[str, Any],
+        saved_backend: str | None,
+        own_state: OwnState | None,
+    ) -> None:
         self._model = model
         self._state = state
         self._backend = saved_backend
+        self._own_state = own_state
         self._assigned: list[tuple[Any, HostArray, Any]] = []
 
     def note(self, variables: Sequence[Any], values: Sequence[HostArray]) -> None:
@@ -122,6 +136,7 @@ class Restored:
         """Lets go of the values, which are a copy of the state on the host."""
         self._assigned.clear()
         self._state = {}
+        self._own_state = None
 
     def assign_again(self) -> None:
         """Assigns what was changed since, and metrics that did not exist then; then forgets."""
@@ -131,13 +146,19 @@ class Restored:
         known = {id(variable) for variable, _, _ in self._assigned}
         now = ModelVariables(self._model)
         is_known = all(id(variable) in known for variable in now.variables)
-        pairs = [] if is_known else _match(now, *flatten(self._state))[0]
+        pairs = [] if is_known else _match(now, self._state)[0]
         for variable, _, array in pairs:
             if id(variable) not in known:
-                value, _ = _fit_value(variable, array, self._backend)
+                value, _ = fit_value(variable, array, self._backend)
                 if value is not None:
                     variable.assign(value)
+        now.below.tell(self._own_state or ((), ()))
         self.forget()
+
+
+def _match(now: ModelVariables, state: Mapping[str, Any]) -> tuple[list[Pair], list[str]]:
+    paths, arrays = flatten(state)
+    return match(now.by_path, dict(zip(paths, arrays, strict=True)), optional=now.optional)
 
 
 def _mark(value: Any) -> Any:
@@ -150,7 +171,12 @@ def _mark(value: Any) -> Any:
     return None
 
 
-def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str | None) -> Restored:
+def restore_variables(
+    model: Any,
+    state: Mapping[str, Any],
+    saved_backend: str | None,
+    own_state: OwnState | None = None,
+) -> Restored:
     """Assigns a saved state to a model's variables: all of them, or none.
 
     Variables are matched by path. Names that Keras numbered (`dense_3`) may carry other
@@ -161,6 +187,7 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
         state: The state that was saved.
         saved_backend: Keras backend that it was saved on. Integers may have another width
             on another backend; values that do not fit are refused.
+        own_state: What objects below the model stored in a way of their own.
 
     Returns:
         What was assigned, to be assigned again if need be.
@@ -169,11 +196,10 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
         BackupMismatchError: If the backup does not fit; the model is then untouched.
     """
     now = ModelVariables(model)
-    paths, arrays = flatten(state)
-    pairs, problems = _match(now, paths, arrays)
+    pairs, problems = _match(now, state)
     values: list[HostArray] = []
     for variable, path, array in pairs:
-        value, problem = _fit_value(variable, array, saved_backend)
+        value, problem = fit_value(variable, array, saved_backend)
         if value is None:
             problems.append(f"{'/'.join(path)}: {problem}")
         else:
@@ -188,21 +214,30 @@ def restore_variables(model: Any, state: Mapping[str, Any], saved_backend: str |
             "made, or use another `backup_dir`."
         )
     variables = [variable for variable, _, _ in pairs]
-    _assign_all(variables, values)
-    restored = Restored(model, state, saved_backend)
+    _assign_all(now, variables, values, own_state or ((), ()))
+    restored = Restored(model, state, saved_backend, own_state)
     restored.note(variables, values)
     return restored
 
 
-def _assign_all(variables: Sequence[Any], values: Sequence[HostArray]) -> None:
+def _assign_all(
+    now: ModelVariables,
+    variables: Sequence[Any],
+    values: Sequence[HostArray],
+    own_state: OwnState,
+) -> None:
     before: list[Any] = []
+    arrays: list[Any] = []
+    own_before = now.below.ask(arrays)
     try:
         for variable, value in zip(variables, values, strict=True):
             before.append(_keep(variable.value))
             variable.assign(value)
+        now.below.tell(own_state)
     except BaseException:  # out of device memory, an interrupt: no partial assignment, ever
         for variable, old in zip(variables, before, strict=False):
             variable.assign(old)
+        now.below.tell((own_before, arrays))
         raise
 
 
@@ -214,109 +249,6 @@ def _keep(value: Any) -> Any:
     if backend == "tensorflow":
         return value.read_value() if hasattr(value, "read_value") else value
     return np.array(keras.ops.convert_to_numpy(value))
-
-
-Pair = tuple[Any, tuple[str, ...], HostArray]
-
-
-def _match(
-    now: ModelVariables, paths: Sequence[tuple[str, ...]], arrays: Sequence[HostArray]
-) -> tuple[list[Pair], list[str]]:
-    """Pairs variables with saved arrays; what has no partner is described as a problem."""
-    saved = dict(zip(paths, arrays, strict=True))
-    pairs: list[Pair] = []
-    problems: list[str] = []
-    for collection in COLLECTIONS:
-        mine = {
-            path: variable
-            for path, variable in zip(now.paths, now.variables, strict=True)
-            if path[0] == collection
-        }
-        theirs = [path for path in paths if path[0] == collection]
-        partners = _partners(list(mine), theirs)
-        pairs += [(mine[path], path, saved[partner]) for path, partner in partners.items()]
-        if collection == "metrics_variables" and keras.backend.backend() == "tensorflow":
-            # Keras on TensorFlow makes most metrics in the first step; `fit` resets all
-            # metrics when an epoch begins, so nothing is lost.
-            continue
-        problems += [
-            f"{'/'.join(path)}: expected by the model, {_describe(variable)}; not in the backup"
-            for path, variable in mine.items()
-            if path not in partners
-        ]
-        for path in sorted(set(theirs) - set(partners.values())):
-            array = saved[path]
-            problems.append(
-                f"{'/'.join(path)}: in the backup, {array.dtype} {array.shape}; the model has "
-                "no such variable"
-            )
-    problems += [
-        f"{'/'.join(path)}: in the backup, but no variable of a Keras model"
-        for path in paths
-        if path[0] not in COLLECTIONS
-    ]
-    return pairs, problems
-
-
-_NUMBER = re.compile(r"_(\d+)(?=_|/|$)")
-
-
-def _partners(
-    mine: Sequence[tuple[str, ...]], theirs: Sequence[tuple[str, ...]]
-) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Maps paths of the model to paths of the backup: equal ones, or equal but for numbers.
-
-    Keras numbers layers by a counter of the process, so `dense_2` and `dense_5` may be the
-    same layer of a model built twice. Among names that differ in nothing else the order of
-    the numbers is the order of creation, in both.
-    """
-    if set(mine) == set(theirs):
-        return {path: path for path in mine}
-    mine_by_name, theirs_by_name = _by_name(mine), _by_name(theirs)
-    partners: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for name, group in mine_by_name.items():
-        other = theirs_by_name.get(name, [])
-        if len(group) == len(other):
-            partners |= dict(zip(group, other, strict=True))
-        else:
-            partners |= {path: path for path in group if path in other}
-    return partners
-
-
-def _by_name(paths: Iterable[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
-    groups: dict[str, list[tuple[tuple[int, ...], tuple[str, ...]]]] = {}
-    for path in paths:
-        text = "/".join(path)
-        name = _NUMBER.sub("", text)
-        # No number counts as 0, as Keras counts.
-        order = tuple(
-            int(match[1]) if (match := _NUMBER.search(f"{part}")) else 0
-            for part in re.split(r"(?<=\d)[_/]|/", text)
-        )
-        groups.setdefault(name, []).append((order, path))
-    return {name: [path for _, path in sorted(group)] for name, group in groups.items()}
-
-
-def _fit_value(
-    variable: Any, array: HostArray, saved_backend: str | None
-) -> tuple[HostArray | None, str]:
-    dtype = keras.backend.standardize_dtype(variable.value.dtype)
-    shape = tuple(variable.shape)
-    found = f"{array.dtype} {array.shape}"
-    problem = f"expected {dtype} {shape}, found {found} in the backup"
-    if tuple(array.shape) != shape:
-        return None, problem
-    if str(array.dtype) == dtype:
-        return array, ""
-    # The width of an integer is the backend's choice: `iterations` is int64 on TensorFlow
-    # and int32 elsewhere, seeds are uint32, int64 and int32.
-    crosses = saved_backend is not None and saved_backend != keras.backend.backend()
-    if crosses and array.dtype.kind in "iu" and dtype.lstrip("u").startswith("int"):
-        limits = np.iinfo(dtype)
-        if array.size == 0 or limits.min <= array.min() <= array.max() <= limits.max:
-            return array.astype(dtype), ""
-        return None, f"{problem}, with values that do not fit"
-    return None, problem
 
 
 def _collection(model: Any, name: str) -> list[Any]:
@@ -350,7 +282,3 @@ def _unique_paths(paths: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _keys(path: str) -> tuple[str, ...]:
     return tuple(key for key in path.split("/") if key) or ("variable",)
-
-
-def _describe(variable: Any) -> str:
-    return f"{variable.dtype} {tuple(variable.shape)}"

@@ -1,0 +1,136 @@
+"""What Keras's `save_weights` walks: the objects below a model that have a state of their own.
+
+Like `keras_internals` this touches what Keras keeps private; `tests/fit/test_saveables.py` fails
+when Keras changes it. The walk is that of `_save_state` in keras/src/saving/saving_lib.py, so that
+nothing is left out that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import keras
+
+__all__ = ("derive_values", "has_own_way", "kind_of", "own_variables", "walk")
+
+Path = tuple[str, ...]
+
+
+def walk(model: Any) -> Iterator[tuple[Path, Any]]:
+    """Yields each object whose state Keras saves with a model, once, with its path.
+
+    Paths are made of names of attributes and classes: they do not depend on names of layers, nor on
+    when these were built.
+    """
+    from keras.src.saving import keras_saveable
+
+    visited: set[int] = set()
+
+    def visit(saveable: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+        if id(saveable) in visited:
+            return
+        visited.add(id(saveable))
+        yield path, saveable
+        for name, child in _children(saveable):
+            if isinstance(child, keras_saveable.KerasSaveable):
+                yield from visit(child, (*path, name))
+            elif isinstance(child, (list, dict, tuple)):
+                yield from visit_all(cast("Any", child), (*path, name), set())
+
+    def visit_all(container: Any, path: Path, outer: set[int]) -> Iterator[tuple[Path, Any]]:
+        if id(container) in outer:
+            return  # it holds itself
+        outer.add(id(container))
+        used: dict[str, int] = {}
+        for child in list(container.values()) if isinstance(container, dict) else container:
+            is_saveable = isinstance(child, keras_saveable.KerasSaveable)
+            if is_saveable or isinstance(child, (list, dict, tuple)):
+                name = _unique_name(child if is_saveable else None, used)
+                inner = visit(child, (*path, name)) if is_saveable else None
+                yield from inner or visit_all(child, (*path, name), outer)
+
+    yield from visit(model, ())
+
+
+def _children(saveable: Any) -> Iterator[tuple[str, Any]]:
+    from keras.src.saving import saving_lib
+
+    return saving_lib._walk_saveable(saveable)  # pyright: ignore[reportPrivateUsage]
+
+
+def _unique_name(saveable: Any, used: dict[str, int]) -> str:
+    from keras.src.utils import naming
+
+    kind = "container" if saveable is None else naming.to_snake_case(type(saveable).__name__)
+    number = used[kind] = used.get(kind, -1) + 1
+    return f"{kind}_{number}" if number else kind
+
+
+def kind_of(saveable: Any) -> str:
+    """What an object is: `"optimizer"`, `"metric"` or `"layer"`; else the name of its class."""
+    for kind, keras_class in (
+        ("optimizer", keras.optimizers.Optimizer),
+        ("metric", keras.metrics.Metric),
+        ("layer", keras.layers.Layer),
+    ):
+        if isinstance(saveable, keras_class):
+            return kind
+    return type(saveable).__name__
+
+
+def own_variables(saveable: Any) -> list[Any]:
+    """The variables of an object itself, without those of what it holds; torch's buffers too."""
+    kind = kind_of(saveable)
+    if kind == "layer":
+        variables = [*saveable._trainable_variables, *saveable._non_trainable_variables]
+        return variables + _buffers(saveable)
+    return list(saveable.variables) if kind in ("optimizer", "metric") else []
+
+
+def _buffers(layer: Any) -> list[Any]:
+    if keras.backend.backend() != "torch" or type(layer).__name__ != "TorchModuleWrapper":
+        return []
+    module = layer.module
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    state = module.state_dict()  # its tensors are the module's own
+    return [
+        _Buffer(name, value)
+        for name, value in state.items()
+        if name not in parameters and hasattr(value, "copy_")
+    ]
+
+
+class _Buffer:
+    """A buffer of a torch module, such as the statistics of a `BatchNorm`, like a variable."""
+
+    def __init__(self, path: str, tensor: Any) -> None:
+        self.path = path
+        self.value = tensor
+        self.shape = tuple(tensor.shape)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+
+    def assign(self, value: Any) -> None:
+        import torch  # the buffer is one of torch
+
+        with torch.no_grad():
+            self.value.copy_(keras.ops.convert_to_tensor(value, dtype=self.dtype))
+
+
+def has_own_way(saveable: Any) -> bool:
+    """Whether an object saves or loads itself in a way of its own, not just by its variables.
+
+    Keras's own layers that do so (quantized ones, say) have nothing but variables, except for
+    the weights of `tf_idf`.
+    """
+    for name in ("save_own_variables", "load_own_variables"):
+        module = getattr(getattr(type(saveable), name, None), "__module__", "keras.src.")
+        if not module.startswith("keras.src.") or module.endswith(".index_lookup"):
+            return True
+    return False
+
+
+def derive_values(saveable: Any) -> None:
+    """Has a layer renew what it derives from its variables, as when Keras loads them."""
+    if isinstance(saveable, keras.layers.Normalization) and saveable.built:
+        saveable.finalize_state()
