@@ -26,13 +26,14 @@ def walk(model: Any) -> Iterator[tuple[Path, Any]]:
     from keras.src.saving import keras_saveable
 
     visited: set[int] = set()
+    children = _Children()
 
     def visit(saveable: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         if id(saveable) in visited:
             return
         visited.add(id(saveable))
         yield path, saveable
-        for name, child in _children(saveable):
+        for name, child in children.of(saveable):
             if isinstance(child, keras_saveable.KerasSaveable):
                 yield from visit(child, (*path, name))
             elif isinstance(child, (list, dict, tuple)):
@@ -53,10 +54,32 @@ def walk(model: Any) -> Iterator[tuple[Path, Any]]:
     yield from visit(model, ())
 
 
-def _children(saveable: Any) -> Iterator[tuple[str, Any]]:
-    from keras.src.saving import saving_lib
+class _Children:
+    """What `_walk_saveable` yields, finding out once what it skips, and not for each object."""
 
-    return saving_lib._walk_saveable(saveable)  # pyright: ignore[reportPrivateUsage]
+    def __init__(self) -> None:
+        self._skipped: dict[str, set[str]] = {}
+        self._inherited: dict[type, set[str]] = {}
+
+    def of(self, saveable: Any) -> Iterator[tuple[str, Any]]:
+        from keras.src.saving import saving_lib
+
+        kind, own = saveable._obj_type(), vars(saveable)
+        if kind not in self._skipped:
+            self._skipped[kind] = set(saving_lib.get_attr_skipset(kind))
+        if type(saveable) not in self._inherited:
+            self._inherited[type(saveable)] = set(dir(type(saveable)))
+        if kind in ("Sequential", "Functional"):
+            yield "layers", saveable.layers
+        # torch keeps layers that are attributes apart.
+        names = self._inherited[type(saveable)].union(own, own.get("_modules", ()))
+        names = [name for name in names - self._skipped[kind] if not name.startswith("__")]
+        for name in sorted(names, key=saving_lib._name_key):  # pyright: ignore[reportPrivateUsage]
+            try:
+                child = getattr(saveable, name)
+            except Exception:  # noqa: BLE001, S112  a property's; Keras passes over it too
+                continue
+            yield name, child
 
 
 def _unique_name(saveable: Any, used: dict[str, int]) -> str:
