@@ -103,6 +103,15 @@ def test_all_that_keras_saves_comes_back(backup_dir, tmp_path):
     assert int(second.second.iterations) == int(second.more["third"][0].iterations) == 5
 
 
+def test_stock_keras_passes_over_what_it_does_not_know(backup_dir):
+    first, second = make_whole(5), make_whole(0)
+    callback = stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False)
+    fit(first, callback, x=X, y=Y)
+    second.load_weights(backup_dir)
+    for mine, theirs in zip(second.get_weights(), first.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_an_object_that_refuses_its_state_leaves_the_model_as_it_was(backup_dir):
     callback = stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False)
     fit(make_whole(5), callback, x=X, y=Y)
