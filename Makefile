@@ -43,9 +43,9 @@ test-all: test $(VENV)/.oldest-keras
 
 QUICK := not slow
 SLOW := slow
-# Exact resume depends on how Keras works inside.
+# Exact resume, and what a backup holds, depend on how Keras works inside.
 OLDEST_TESTS := tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
-  tests/fit/test_preemption.py tests/fit/test_sources.py
+  tests/fit/test_preemption.py tests/fit/test_saveables.py tests/fit/test_sources.py
 
 # Says what runs, and how long it took.
 part = echo "== $(1)"; begun=$$(date +%s); $(PYTEST) $(2); \
