@@ -49,12 +49,14 @@ class Whole(keras.Model):
         return self.dense(self.counting(x))
 
 
-def make_whole(value):
+def make_whole(value, *, build=True):
     keras.utils.clear_session()
     model = Whole()
     model.compile("sgd", "mse", run_eagerly=BACKEND == "tensorflow")
     model(X[:1])
     for optimizer in (model.second, model.more["third"][0]):
+        if not build:
+            continue
         optimizer.build(model.dense.trainable_variables)
         optimizer.iterations.assign(value)
         optimizer.variables[-1].assign(np.full(optimizer.variables[-1].shape, value, "float32"))
@@ -125,6 +127,15 @@ def test_an_object_that_refuses_its_state_leaves_the_model_as_it_was(backup_dir)
     np.testing.assert_equal(model.get_weights(), weights)
     assert model.counting.seen.tolist() == [0, 0, 0]
     assert int(model.second.iterations) == 0
+
+
+def test_slots_of_an_optimizer_that_is_not_built_are_not_dropped_silently(backup_dir):
+    fit(make_whole(5), stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False), x=X, y=Y)
+    model = make_whole(0, build=False)
+    with pytest.warns(UserWarning, match="not built yet") as caught:
+        fit(model, stepsave.BackupAndRestore(backup_dir), x=X, y=Y, epochs=2)
+    assert sum("not built yet" in str(w.message) for w in caught) == 2
+    assert int(model.second.iterations) == 5
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["not adapted again", "on other data"])

@@ -27,7 +27,11 @@ Pair = tuple[Any, Path, HostArray]
 
 
 def match(
-    mine: Mapping[Path, Any], saved: Mapping[Path, HostArray], *, optional: AbstractSet[Path]
+    mine: Mapping[Path, Any],
+    saved: Mapping[Path, HostArray],
+    *,
+    optional: AbstractSet[Path],
+    unbuilt: AbstractSet[Path],
 ) -> tuple[list[Pair], list[str]]:
     """Pairs variables with saved arrays; what has no partner is described as a problem.
 
@@ -35,6 +39,7 @@ def match(
         mine: The variables of the model, by path.
         saved: The arrays of the backup, by path.
         optional: Paths of variables that begin anew where the backup does not have them.
+        unbuilt: Paths of objects whose variables do not exist yet: what is saved of them is left.
     """
     pairs: list[Pair] = []
     problems: list[str] = []
@@ -53,6 +58,8 @@ def match(
             if path not in partners and path not in optional
         ]
         for path in sorted(set(theirs) - set(partners.values())):
+            if path[:-1] in unbuilt:
+                continue
             array = saved[path]
             problems.append(
                 f"{'/'.join(path)}: in the backup, {array.dtype} {array.shape}; the model has "
@@ -84,6 +91,9 @@ def _partners(
     Keras numbers layers by a counter of the process, so `dense_2` and `dense_5` may be the
     same layer of a model built twice. Among names that differ in nothing else the order of
     the numbers is the order of creation, in both.
+
+    What is left may differ by *when* a layer was built: a model that is built as a whole puts its
+    name in front. It is matched in order, if each path is the end of its partner's.
     """
     if set(mine) == set(theirs):
         return {path: path for path in mine}

@@ -70,6 +70,15 @@ class Saveables:
         return self._counts == [len(own_variables(one)) for _, one in self._objects]
 
     @property
+    def unbuilt_optimizers(self) -> set[tuple[str, ...]]:
+        """Where those are saved whose slots the first training step will make."""
+        return {
+            (*SAVEABLES, *at.split("/"))
+            for at, one in self._objects
+            if kind_of(one) == "optimizer" and not one.built
+        }
+
+    @property
     def must_be_asked(self) -> bool:
         return bool(self._own_way)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from stepsave.errors import BackupMismatchError
 from stepsave.fit import keras_internals
 from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, match
-from stepsave.fit.saveables import OwnState, Saveables
+from stepsave.fit.saveables import SAVEABLES, OwnState, Saveables
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import HostArray
 
@@ -158,7 +160,21 @@ class Restored:
 
 def _match(now: ModelVariables, state: Mapping[str, Any]) -> tuple[list[Pair], list[str]]:
     paths, arrays = flatten(state)
-    return match(now.by_path, dict(zip(paths, arrays, strict=True)), optional=now.optional)
+    saved = dict(zip(paths, arrays, strict=True))
+    unbuilt = now.below.unbuilt_optimizers
+    return match(now.by_path, saved, optional=now.optional, unbuilt=unbuilt)
+
+
+def _warn_of_unbuilt(now: ModelVariables, state: Mapping[str, Any]) -> None:
+    counts = collections.Counter(path[:-1] for path in flatten(state)[0])
+    for at in sorted(now.below.unbuilt_optimizers):
+        if counts[at] > sum(path[:-1] == at for path in now.below.paths):
+            name = "/".join(at[len(SAVEABLES) :])
+            warnings.warn(
+                f"The model's optimizer {name!r} is not built yet: its slots in the backup are "
+                "not restored, and begin anew. Call its `build(variables)` before `fit`.",
+                stacklevel=2,
+            )
 
 
 def _mark(value: Any) -> Any:
@@ -213,6 +229,7 @@ def restore_variables(
             + "\nThe model was not changed. Build and compile it as it was when the backup was "
             "made, or use another `backup_dir`."
         )
+    _warn_of_unbuilt(now, state)
     variables = [variable for variable, _, _ in pairs]
     _assign_all(now, variables, values, own_state or ((), ()))
     restored = Restored(model, state, saved_backend, own_state)
@@ -228,7 +245,10 @@ def _assign_all(
 ) -> None:
     before: list[Any] = []
     arrays: list[Any] = []
-    own_before = now.below.ask(arrays)
+    try:
+        own_before = now.below.ask(arrays)
+    except Exception:  # noqa: BLE001  an object without its state yet has nothing to be put back
+        own_before = []
     try:
         for variable, value in zip(variables, values, strict=True):
             before.append(_keep(variable.value))
