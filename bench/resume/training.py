@@ -17,7 +17,8 @@ import numpy as np
 import stepsave
 from bench.fits.probe import device_sync
 from bench.resume.sources import BATCH, SEED, SOURCES, VALUES, Images
-from stepsave.fit.keras_internals import EpochData, find_fit
+from stepsave.fit.keras_data import EpochData
+from stepsave.fit.keras_internals import find_fit
 
 NEVER = 1_000_000_000
 IDLE_SHARE = 0.2  # of one core, over `IDLE_S`

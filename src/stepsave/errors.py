@@ -14,6 +14,7 @@
 
     Preempted                   (SystemExit)   training was saved and ended on a signal
     UnreproducibleDataWarning   (UserWarning)  data that a resumed run may see otherwise
+    ChangedTrainingWarning      (UserWarning)  a backup of another training than the present
 
 Each is also the builtin in parentheses, so that code which already catches that keeps
 working. Every message names the thing, what was expected, what was found and what to do.
@@ -28,6 +29,7 @@ __all__ = (
     "ArenaMemoryError",
     "BackupDirectoryError",
     "BackupMismatchError",
+    "ChangedTrainingWarning",
     "CheckpointerClosedError",
     "CorruptBackupError",
     "DirectoryBusyError",
@@ -119,3 +121,7 @@ class Preempted(SystemExit):
 
 class UnreproducibleDataWarning(UserWarning):
     """Warns that data may come in another order, or otherwise, after an interruption."""
+
+
+class ChangedTrainingWarning(UserWarning):
+    """Warns that a backup is of another training, or that this one goes on changed."""

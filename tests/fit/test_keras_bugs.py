@@ -75,7 +75,8 @@ def test_a_fit_after_a_resume_that_was_interrupted_too_trains_all_its_epochs(
 def test_a_fit_with_no_epoch_left_does_not_leave_its_initial_epoch_either(backup_dir):
     fit(step_model(), stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False), epochs=2)
     model = step_model()
-    fit(model, stepsave.BackupAndRestore(backup_dir), epochs=2)
+    with pytest.warns(stepsave.ChangedTrainingWarning, match="trains nothing"):
+        fit(model, stepsave.BackupAndRestore(backup_dir), epochs=2)
     assert step_numbers(model) == {2 * STEPS}
     assert fit(model, epochs=3).epoch == [0, 1, 2]
 

@@ -205,7 +205,7 @@ def test_a_second_sigint_is_not_made_to_wait(backup_dir):
     leave(callback)
 
 
-def test_off_the_main_thread_nothing_is_installed(backup_dir):
+def test_off_the_main_thread_nothing_is_installed_and_that_is_said(backup_dir):
     before = signal.getsignal(signal.SIGTERM)
     found = []
 
@@ -213,9 +213,11 @@ def test_off_the_main_thread_nothing_is_installed(backup_dir):
         def on_train_batch_begin(self, batch, logs=None):
             found.append(signal.getsignal(signal.SIGTERM))
 
-    thread = threading.Thread(
-        target=lambda: fit(step_model(), preemptible(backup_dir), Look()), name="trainer"
-    )
+    def train():
+        with pytest.warns(UserWarning, match="Call `fit` on the main thread"):
+            fit(step_model(), preemptible(backup_dir), Look())
+
+    thread = threading.Thread(target=train, name="trainer")
     thread.start()
     thread.join()
     assert found == [before] * STEPS
@@ -272,15 +274,15 @@ def test_handlers_may_be_removed_in_any_order():
     received = []
     before = signal.signal(signal.SIGUSR1, lambda *_: received.append("before"))
     try:
-        layers = [PreemptionSignals([signal.SIGUSR1], lambda _: False) for _ in range(3)]
+        layers = [PreemptionSignals(lambda _: False) for _ in range(3)]
         for layer in layers:
-            layer.install()
+            layer.install([signal.SIGUSR1], None)
         for layer in (layers[1], layers[0], layers[2]):
             layer.remove()
         signal.raise_signal(signal.SIGUSR1)
         assert received == ["before"]
         for layer in layers:
-            layer.install()
+            layer.install([signal.SIGUSR1], None)
         layers[0].remove()
         signal.raise_signal(signal.SIGUSR1)  # passes through those that are left
         assert received == ["before"] * 2

@@ -29,7 +29,7 @@ from exact_support import (
 from keras_support import Child
 
 import stepsave
-from stepsave.fit.keras_internals import reads_ahead
+from stepsave.fit.keras_data import reads_ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Your input ran out of data")
 

@@ -296,12 +296,14 @@ class Checkpointer:
             writer=self._writer_name,
         )
 
-    def close(self, *, delete_backup: bool = False) -> None:
+    def close(self, *, delete_backup: bool = False, ended: bool = False) -> None:
         """Waits for saves in flight and lets go of the directory. May be called twice.
 
         Args:
             delete_backup: Whether to remove the backup, and the directory if nothing else
                 is in it. If a save failed, everything is kept.
+            ended: Whether to note with the backup that its training has come to its end: what
+                `Backup.ended` says after a restore. Not if a save failed.
 
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.
@@ -311,14 +313,14 @@ class Checkpointer:
             return
         self._settle()
         # Closing goes on if its caller is interrupted. Called again it finds nothing to do.
-        self._keeper.call(lambda: self._shut(delete_backup=delete_backup))
+        self._keeper.call(lambda: self._shut(delete_backup=delete_backup, ended=ended))
         for crew in (self._keeper, self._helpers):
             crew.join()
         if self._close_error is not None:
             raise self._close_error
         self.raise_failed()
 
-    def _shut(self, *, delete_backup: bool) -> None:
+    def _shut(self, *, delete_backup: bool = False, ended: bool = False) -> None:
         """Ends everything; saves in flight come before it in the keeper's queue."""
         if not self._lock.is_held:
             return
@@ -326,6 +328,8 @@ class Checkpointer:
         try:
             if delete_backup:
                 self._protocol.delete_all()
+            elif ended and not self._log.last_failed:
+                self._protocol.mark_ended()
             self._capture.close()
         except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
             self._close_error = e
@@ -359,7 +363,7 @@ class Checkpointer:
         if lock is None or not lock.is_held:
             return
         # The next user must not find a save still being written.
-        self._keeper.call(lambda: self._shut(delete_backup=False))
+        self._keeper.call(self._shut)
         warnings.warn(
             f"stepsave: the checkpointer of {self._store.root} was not closed. Use it in "
             "a `with` statement or call `close()`.",

@@ -15,6 +15,7 @@ the new one; what it leaves lying about is taken in by the next `begin`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -158,6 +159,13 @@ class CommitProtocol:
             # fails if it cannot either.
             _logger.warning("%s: could not retire an old backup: %s", self._store.root, e)
             self._spare_of, self._collected = frozenset(), False
+
+    def mark_ended(self) -> None:
+        """Notes with the newest backup that its training has come to its end."""
+        if self.committed is not None and not self.committed.ended:
+            ended = dataclasses.replace(self.committed, ended=True)
+            self._set_marker(COMMIT, ended)
+            self.committed = ended
 
     def _retire_after(self, before: BackupRecord | None) -> None:
         if self._double and before is not None:

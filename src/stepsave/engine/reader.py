@@ -130,7 +130,7 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backu
     leaves = _assemble(plan, [shards[number] for number in range(plan.shard_count)])
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
     state = unflatten([leaf.path for leaf in plan.leaves], leaves)
-    return Backup(record.step, state, training["metadata"])
+    return Backup(record.step, state, training["metadata"], record.ended)
 
 
 def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:

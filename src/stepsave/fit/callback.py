@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import numbers
 import os
 import threading
 import time
@@ -18,26 +17,31 @@ from stepsave.engine.arguments import check_choice, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
 from stepsave.errors import DirectoryBusyError
 from stepsave.fit import keras_internals
+from stepsave.fit.companions import Companions, Start
 from stepsave.fit.copies import FreshCopies
 from stepsave.fit.keras_internals import RunningFit, is_in_fit
 from stepsave.fit.keras_names import KerasFiles
 from stepsave.fit.loop import FitLoop, forget_interrupted, tell
 from stepsave.fit.open_directories import take_directory
+from stepsave.fit.phases import Phases
 from stepsave.fit.preemption import PreemptionSignals, check_signals
-from stepsave.fit.progress import Progress, check_save_freq
-from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit, restore_fit
-from stepsave.format.records import Backup, BackupRecord, SaveStats
+from stepsave.fit.progress import Progress, check_save_freq, steps_of
+from stepsave.fit.resuming import Resuming
+from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit
+from stepsave.format.records import BackupRecord, SaveStats
 from stepsave.position import TrainingPosition
 from stepsave.snapshot.staging import SnapshotMode
 
 __all__ = ("BackupAndRestore",)
 
-
 # Neither the data nor the end of such a `fit` is known: signals would go astray after it.
-
 _UNKNOWN_FIT = (
     "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
     'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
+)
+_NO_SIGNALS = (
+    "`fit` does not run on the main thread, where alone Python handles signals: none will end it "
+    "with a save (`save_before_preemption`). Call `fit` on the main thread."
 )
 
 
@@ -138,13 +142,16 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._reset()
 
     def _reset(self) -> None:
-        # These two mean the same as in Keras's callback, whose tests read them: epochs
-        # completed, and the index of the last batch in this epoch.
+        # As in Keras's callback, whose tests read them: epochs completed, and the index of the
+        # last batch in this epoch.
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._fit_thread = threading.get_ident()
         self._loop: FitLoop | None = None
         self._state: FitState | None = None
+        self._companions = Companions()
+        self._phases: Phases | None = None
+        self._start: Start | None = None
         self._restored: RestoredFit | None = None
         self._progress = Progress(self.save_freq if type(self.save_freq) is int else None)
         self._in_epoch = False
@@ -169,12 +176,15 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         exact = self.resume == "batch"
         if fit is None and (exact or self.save_before_preemption):
             warnings.warn(_UNKNOWN_FIT, stacklevel=2)
+        self._companions = Companions.of(fit, self)
+        self._phases = Phases(self.backup_dir, model)
         if fit is not None and exact:
-            self._loop = FitLoop(fit, model, self)
-        self._state = FitState(model, self._loop, with_history=self.history == "all")
-        backup = saver.restore()
-        if backup is not None:
-            self._restore(model, backup)
+            self._loop = FitLoop.of(fit, model, self)
+        self._state = FitState(model, self._loop, self._phases, with_history=self.history == "all")
+        resuming = Resuming(model, fit, self._loop, self._phases, (self.params or {}).get("epochs"))
+        self._restored = resuming.begin(saver, self._companions, self, self._siblings)
+        if self._restored is not None:
+            self._tell(f"Restored backup of step {self._saved_step}: going on at {self._start}")
         if self._loop is not None:
             self._loop.warn_of_doubts()
         if model.built:
@@ -184,7 +194,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def after_train_begin(self) -> None:
         """Called when all callbacks have begun, and perhaps reset themselves."""
-        if self._restored is not None:
+        if self._restored is not None and self._loop is not None:
             self._restored.put_back(self._siblings())
             if self.history == "all":
                 self._restored.put_back_history(self._trained_model())
@@ -204,24 +214,26 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         if saver is None or saver.closed:
             return
         self._last_records = (saver.committed, saver.previous)
+        keeps = self._start is not None and self._start.keeps_backup
         try:
-            saver.close(delete_backup=self.delete_checkpoint)
+            saver.close(delete_backup=self.delete_checkpoint and not keeps, ended=not keeps)
         finally:
             self._last_stats = saver.stats()
             if saver.closed and self._close_at_exit is not None:
                 self._close_at_exit.detach()
         self._saver = None
+        if self._phases is not None:
+            self._phases.end()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
         keras_internals.set_initial_epoch(self._trained_model(), None)
-        self._progress.begin_epoch(epoch, self._steps_per_epoch())
-        if self._restored is not None:
-            self._progress.go_on_at(self._restored.position.batch)
-        self._restored = None
+        self._progress.begin_epoch(epoch, steps_of(self.params))
+        if self._start is not None:
+            self._progress.go_on_at(self._start.batch)
+        self._start = self._restored = None
         self._in_epoch = True
-        self._ended = collections.deque([0], maxlen=1000)
-        self._batch_begun = 0
+        self._ended, self._batch_begun = collections.deque([0], maxlen=1000), 0
         self._end = None
         if self._state is not None:
             self._state.begin_epoch()
@@ -240,8 +252,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._save(epoch + 1, 0)
         self._end_if_preempted(epoch + 1, 0)
 
-    # With `resume="batch"` saves are made at cuts, see `loop`; otherwise as early as Keras's would.
-
+    # With `resume="batch"` saves are made at cuts; otherwise as early as Keras's would.
     def at_cut(self, batches_done: int) -> None:
         """Called when so many batches of the epoch are done, and all callbacks know."""
         assert self._saver is not None
@@ -261,8 +272,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        # Always called by the thread of `fit`, after the last step and before the next, and
-        # without a device sync; so with asynchronous dispatch this is where to save.
+        # Called by the thread of `fit`, after the last step and before the next, without a
+        # device sync; so with asynchronous dispatch this is where to save.
         if self._loop is not None:
             return
         self._batch_begun = batch
@@ -286,8 +297,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         # Validation inside `fit`: a save due after the last batch is made before it, so
         # that an interruption of the validation does not lose it.
         if self._loop is None:
-            # Dispatch threads may not have told of the last batch yet. That it has ended is
-            # certain; how many batches it was, only where each execution is one.
+            # Dispatch threads may not have told of the last batch yet; only one is certain.
             single = self._trained_model().steps_per_execution == 1
             self._advance_and_save(max(*self._ended, self._batch_begun + 1 if single else 0))
         elif self._signals is not None:
@@ -326,12 +336,12 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         before = self._before_validation
         metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
-        at = f"Epoch {progress.epoch + 1}"
+        at, to = f"Epoch {progress.epoch + 1}", self.backup_dir
         if handle.skipped:
             self._tell(f"{at}: backup skipped, the disk is still busy")
             return
         self._saved_step = position.global_step
-        self._tell(f"{at}: saving backup of step {self._saved_step} to {self.backup_dir}")
+        self._tell(f"{at}: saving backup of step {self._saved_step} to {to}")
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver
@@ -340,37 +350,35 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         saver.drain()  # or the last save might be skipped, as the disk is busy
         self._save(epoch, batch)
         saver.wait()
-        signals.end(self._saved_step, self.grace_period_s)
+        signals.end(self, self._saved_step, self.grace_period_s)
 
     def _expect_signals(self, fit: RunningFit, model: Any) -> None:
         if self._signals is not None:
             self._signals.remove()  # of a fit that raised
-        signals = PreemptionSignals(self.preemption_signals, is_in_fit(fit, model))
+        signals = self._companions.signals(lambda: PreemptionSignals(is_in_fit(fit, model)))
         weakref.finalize(self, signals.remove).atexit = False
         self._signals = signals  # before, so that an interruption leaves it to the next `fit`
-        if not signals.install():
+        if not signals.install(self.preemption_signals, self):
             self._signals = None
+            warnings.warn(_NO_SIGNALS, stacklevel=3)
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)
 
-    def _restore(self, model: Any, backup: Backup) -> None:
-        restored = restore_fit(model, backup)
-        position = restored.position
-        epoch, batch = position.resume_epoch, 0
+    def begin_at(self, start: Start) -> None:
+        """Counts from a backup that this callback has restored, or another one of the `fit`."""
+        self._start = start
+        if start.epoch is not None:
+            # From what was restored, not from 0: or a second interruption would rewind.
+            self._current_epoch = start.epoch
+            self._progress.begin_epoch(start.epoch, None)
+        self._progress.global_step = self._saved_step = start.global_step
+
+    def forget_restored(self) -> None:
+        """Leaves what is to be put back to another callback of the `fit`, which is newer."""
+        self._restored = None
         if self._loop is not None:
-            epoch, batch = position.epoch, position.batch
-            self._restored = restored
-            self._loop.resume(restored.resume(model, self._siblings))
-            if restored.stopped:  # by a callback: no epoch is left
-                epoch = max(epoch, int((self.params or {}).get("epochs") or epoch))
-        keras_internals.set_initial_epoch(model, epoch, owner=self)
-        # From what was restored, not from 0: or a second interruption would rewind.
-        self._current_epoch = epoch
-        self._progress.begin_epoch(epoch, None)
-        self._progress.global_step = self._saved_step = position.global_step
-        at = f"epoch {epoch + 1}" + (f", batch {batch + 1}" if batch else "")
-        self._tell(f"Restored backup of step {backup.step}: going on at {at}")
+            self._loop.resume(None)
 
     def _open(self) -> Checkpointer:
         if self._saver is None or self._saver.closed:  # or `fit` raised the last time
@@ -384,16 +392,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             )
         return self._saver
 
-    def _trained_model(self) -> Any:
-        # Not `self.model`: on JAX that property puts the state back into the variables at
-        # each access. torch's DistributedDataParallel wraps the model.
-        model: Any = self._model
-        is_wrapped = type(model).__name__ == "DistributedDataParallel"
-        return model.module if is_wrapped else model
-
-    def _steps_per_epoch(self) -> int | None:
-        steps = (self.params or {}).get("steps")
-        return int(steps) if isinstance(steps, numbers.Integral) else None
+    def _trained_model(self) -> Any:  # on JAX `self.model` puts the state back at each access
+        return keras_internals.unwrap(self._model)
 
     def _tell(self, message: str) -> None:
         if self.verbose:

@@ -8,7 +8,72 @@ from typing import Any
 
 from stepsave.errors import CorruptBackupError
 
-__all__ = ("Resume", "Stream")
+__all__ = ("Batching", "Resume", "Stream")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batching:
+    """How the data of a `fit` is cut into batches.
+
+    Attributes:
+        batch_size: Samples of a batch; None if that is not known.
+        steps: Batches of an epoch; None if that is not known.
+        steps_per_execution: Batches that are trained at once.
+    """
+
+    batch_size: int | None
+    steps: int | None
+    steps_per_execution: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Any) -> Batching:
+        """Raises `CorruptBackupError` if the document is not what `to_json` returns."""
+        try:
+            return cls(**document)
+        except TypeError as e:
+            raise CorruptBackupError(f"Expected a batching, found {document!r:.200}.") from e
+
+    def changes(self, then: Batching) -> list[str]:
+        """What is known to be cut otherwise than it was then."""
+        names = ("the batch size", "the number of batches in an epoch", "`steps_per_execution`")
+        pairs = zip(dataclasses.astuple(then), dataclasses.astuple(self), strict=True)
+        return [
+            f"{name} was {before} and is {now}"
+            for name, (before, now) in zip(names, pairs, strict=True)
+            if before is not None and now is not None and before != now
+        ]
+
+    def place_of(self, batches: int, then: Batching) -> int:
+        """Where `batches` of an epoch that was cut otherwise end: none is left out that way.
+
+        Args:
+            batches: Batches that were trained.
+            then: How the data was cut then.
+
+        Returns:
+            Batches of this cutting: by samples where the sizes of batches are known, else by the
+            share that was done; rounded down to whole executions.
+        """
+        if then.steps is not None and batches >= then.steps:
+            return batches if self.steps is None else self.steps
+        place = None
+        if then.batch_size and self.batch_size:
+            place = batches * then.batch_size // self.batch_size
+        if place is None or (self.steps is not None and place >= self.steps):
+            now, before = self.steps, then.steps
+            place = batches if now is None or before is None else batches * now // before
+        return place - place % self.steps_per_execution
+
+    def describe_change(self, then: Batching, batches: int, place: int) -> str:
+        """Says what is cut otherwise, and where training goes on."""
+        return (
+            "The data is cut into batches otherwise than in the run that made the backup: "
+            f"{', '.join(self.changes(then))}. {batches} batches of the epoch were trained then; "
+            f"training goes on after {place} of the present ones"
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,8 +124,7 @@ class Resume:
         batch: Batches of the epoch that were trained before.
         stream: How the data was read up to there; None if that is not known.
         ended: Whether no batch of the epoch was left: its validation was going on.
-        at_cut: Called at the cut, when the data is there; on TensorFlow with the specification
-            of a batch.
+        at_cut: Called at the cut, when the data is there, with what `fit` trains from.
     """
 
     batch: int

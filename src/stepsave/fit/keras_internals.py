@@ -11,13 +11,13 @@ import contextlib
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
-__all__ = ("EpochData", "RunningFit", "find_fit", "is_in_fit")  # and the functions below
+__all__ = ("RunningFit", "find_fit", "is_in_fit")  # and the functions below
 
 _GLOBAL_SEED = "global_seed_generator"  # keras/src/random/seed_generator.py
 
@@ -90,15 +90,47 @@ def set_global_seed(value: Any) -> None:
         seed.assign(value)
 
 
-def build_metrics(model: Any, batch: Any) -> None:
-    """Makes the variables of the metrics exist, which Keras on TensorFlow makes in a step.
+def unwrap(model: Any) -> Any:
+    """The model itself; torch's DistributedDataParallel wraps it."""
+    return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
-    Without it metrics of a resumed epoch count only the batches after the resume. Only shapes
-    and dtypes of the batch matter.
+
+def is_built(model: Any) -> bool:
+    """Whether all layers are built; `build` of a subclassed model says so of itself alone."""
+    return model.built and all(layer.built for layer in flatten_layers(model))
+
+
+def trace_training(model: Any, batch_spec: Any) -> None:
+    """Makes all variables exist that Keras on TensorFlow makes in the first training step.
+
+    Those of layers, metrics and optimizers, by whatever `train_step` the model has.
+
+    Args:
+        model: A compiled model.
+        batch_spec: Specification of a batch, as `tf.data` has it.
     """
-    build = getattr(model, "_symbolic_build", None)
-    if build is not None:
-        build(data_batch=batch)
+    import tensorflow as tf  # the backend
+
+    # Not converted, as in Keras.
+    tf.function(model.train_step, autograph=False).get_concrete_function(batch_spec)
+
+
+def trace_first_step(model: Any, iterator: Any) -> None:
+    """The same within `fit`: its own function is traced, which then needs not be again.
+
+    Args:
+        model: A model in `fit`.
+        iterator: What `fit` is about to train from.
+    """
+    for cell in getattr(model.train_function, "__closure__", None) or ():
+        trace = getattr(cell.cell_contents, "get_concrete_function", None)
+        if trace is not None:
+            trace(iterator)
+            return
+    trace_training(model, iterator.element_spec)  # `run_eagerly`, or another Keras
+
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +146,13 @@ class RunningFit:
     epoch_iterator: Any
     callbacks: Any
     code: Any
+
+    def shared(self, kind: type[_T], make: Callable[[], _T]) -> _T:
+        """The one of its kind in this `fit`; lives as long as the epoch iterator, no longer."""
+        ours = vars(self.epoch_iterator).setdefault("stepsave", {})
+        if kind not in ours:
+            ours[kind] = make()
+        return ours[kind]
 
 
 def find_fit(model: Any) -> RunningFit | None:
@@ -178,72 +217,6 @@ def flush(callbacks: Any) -> None:
         wait()
 
 
-class EpochData:
-    """Keras's `EpochIterator`, whose epochs and streams can be watched and changed.
-
-    A *stream* is what `iter()` of the adapted data returned: of one epoch, or of several where
-    `steps_per_epoch` is given.
-    """
-
-    def __init__(self, epoch_iterator: Any) -> None:
-        self._iterator = epoch_iterator
-
-    @property
-    def adapter(self) -> Any:
-        return self._iterator.data_adapter
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of an epoch, or None if nobody knows yet."""
-        return self._iterator.steps_per_epoch or self._iterator._num_batches
-
-    @property
-    def steps_per_execution(self) -> int:
-        return self._iterator.steps_per_execution
-
-    @property
-    def streams_last(self) -> bool:
-        """Whether a stream serves several epochs."""
-        return self._iterator.steps_per_epoch is not None
-
-    def watch(
-        self, enumerate_epoch: Callable[[], Iterator[Any]], get_iterator: Callable[[], Any]
-    ) -> None:
-        """Has the epoch iterator call these instead of its own methods."""
-        self._iterator._enumerate_iterator = enumerate_epoch
-        self._iterator._get_iterator = get_iterator
-
-    @property
-    def companion(self) -> Any:
-        """Something that lives as long as the epoch iterator, and no longer."""
-        return self._iterator.stepsave_companion
-
-    @companion.setter
-    def companion(self, value: Any) -> None:
-        self._iterator.stepsave_companion = value
-
-    def unwatch(self) -> None:
-        for name in ("_enumerate_iterator", "_get_iterator"):
-            vars(self._iterator).pop(name, None)
-
-    def enumerate(self) -> Generator[tuple[int, int, Any], None, None]:
-        """The epoch as Keras enumerates it: first step, last step, stream."""
-        return type(self._iterator)._enumerate_iterator(self._iterator)
-
-    def get_iterator(self) -> Any:
-        """What Keras makes a stream of."""
-        return type(self._iterator)._get_iterator(self._iterator)
-
-    def remake(self) -> Any:
-        """The same on TensorFlow, of what the adapter has now; Keras makes it once."""
-        strategy = self._iterator._distribute_strategy
-        return strategy.experimental_distribute_dataset(self.adapter.get_tf_dataset())
-
-    def count_as_seen(self, steps: int) -> None:
-        """Adds to the steps that are counted against the length of the stream."""
-        self._iterator._steps_seen += steps
-
-
 # What Keras's callbacks remember from one batch or epoch to the next, by class. Attributes of
 # other versions of Keras are left out; the callback then starts anew in a resumed fit.
 # LearningRateScheduler and TerminateOnNaN remember nothing: the rate is in the optimizer.
@@ -265,136 +238,3 @@ def callback_attributes(callback: Any) -> tuple[str, ...]:
         if keras_class is not None and isinstance(callback, keras_class):
             return tuple(attributes.split())
     return ()
-
-
-def reads_ahead() -> bool:
-    """Whether Keras reads more than is trained: the place of the data is not that of training."""
-    if keras.backend.backend() == "jax":
-        import jax  # the backend
-
-        # `JAXEpochIterator._get_iterator`: one batch ahead, since 3.15 not on a CPU.
-        release = tuple(int(number) for number in keras.version().split(".")[:2])
-        return release < (3, 15) or jax.default_backend() != "cpu"
-    return keras.backend.backend() == "tensorflow"
-
-
-# Data adapters: keras/src/trainers/data_adapters. A source whose adapter looks otherwise than
-# expected is read from its start up to where training goes on.
-
-
-def source_of(adapter: Any) -> Any:
-    """The object that was given to `fit`; None for arrays, and where the adapter hides it."""
-    names = ("py_dataset", "_dataloader", "_dataset", "generator")
-    sources = (getattr(adapter, name, None) for name in names)
-    return next((source for source in sources if source is not None), None)
-
-
-@contextlib.contextmanager
-def swap_source(adapter: Any, source: Any) -> Generator[None, None, None]:
-    """Has the adapter of a grain dataset use another one for a moment."""
-    before = adapter._dataset
-    adapter._dataset = source
-    try:
-        yield
-    finally:
-        adapter._dataset = before
-
-
-def wrap_next(adapter: Any, wrap: Callable[[Any], Any]) -> None:
-    """Has Keras on JAX read its next stream from what `wrap` makes of the adapter's iterable."""
-
-    def get_jax_iterator() -> Any:
-        del adapter.get_jax_iterator
-        return wrap(adapter.get_jax_iterator())
-
-    adapter.get_jax_iterator = get_jax_iterator
-
-
-def array_is_shuffled(adapter: Any) -> bool:
-    """Whether Keras shuffles arrays, as a whole or within batches."""
-    return bool(getattr(adapter, "_shuffle", False))
-
-
-def skip_slices(adapter: Any, count: int) -> bool:
-    """Has the next stream of arrays on JAX yield `count` empty batches first.
-
-    Their indices are drawn, as they cost nothing and may come from a random generator; the
-    arrays are not sliced. Returns whether the adapter lets that be done.
-    """
-    original = getattr(type(adapter), "_get_iterator", None)
-    if original is None:
-        return False
-
-    def get_iterator(slice_array: Callable[..., Any], inputs: Any) -> Any:
-        del adapter._get_iterator
-        sliced = 0
-        arrays = sum(leaf is not None for leaf in keras.tree.flatten(inputs))
-
-        def slice_or_skip(sliceable: Any, indices: Any = None) -> Any:
-            nonlocal sliced
-            sliced += 1
-            # So many slices make a batch.
-            return slice_array(sliceable, indices=indices) if sliced > count * arrays else None
-
-        return original(adapter, slice_or_skip, inputs)
-
-    adapter._get_iterator = get_iterator
-    return True
-
-
-def first_batches(adapter: Any) -> list[Any]:
-    """The batches of a generator that Keras reads ahead, and yields again first."""
-    return list(getattr(adapter, "_first_batches", ()))
-
-
-def generator_names(adapter: Any) -> dict[str, Any]:
-    """Local variables of the Python generator that an adapter reads, and those it closes over."""
-    chain = getattr(adapter, "generator", None)
-    for cell in getattr(chain, "__closure__", None) or ():
-        frame = getattr(cell.cell_contents, "gi_frame", None)
-        if frame is not None:
-            return dict(frame.f_locals)
-    return {}
-
-
-def py_dataset_has_workers(adapter: Any) -> bool:
-    """Whether threads or processes load the batches of a PyDataset."""
-    return getattr(adapter, "enqueuer", None) is not None
-
-
-def drop_leftovers(adapter: Any) -> None:
-    """Drops what workers of a PyDataset have loaded for an epoch that did not take place."""
-    queue = getattr(getattr(adapter, "enqueuer", None), "ready_queue", None)
-    while queue is not None and not queue.empty():
-        queue.get()
-
-
-def take_shuffle(adapter: Any) -> bool:
-    """Has the workers of a PyDataset load in order; returns whether they shuffled before.
-
-    `wrap_py_dataset` then puts it back.
-    """
-    enqueuer = adapter.enqueuer
-    shuffled = bool(getattr(enqueuer, "shuffle", False))
-    enqueuer.shuffle = False
-    return shuffled
-
-
-def wrap_py_dataset(adapter: Any, wrapped: Any) -> Callable[[], None]:
-    """Puts something in the place of a PyDataset, for the adapter and its workers.
-
-    Returns what puts the dataset and the workers' order back.
-    """
-    enqueuer = getattr(adapter, "enqueuer", None)
-    holders = [adapter] if enqueuer is None else [adapter, enqueuer]
-    original = adapter.py_dataset
-    for holder in holders:
-        holder.py_dataset = wrapped
-
-    def put_back() -> None:
-        for holder in holders:
-            holder.py_dataset = original
-        if enqueuer is not None:
-            enqueuer.shuffle = adapter.shuffle
-
-    return put_back

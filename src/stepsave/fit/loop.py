@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 import keras
@@ -28,8 +28,9 @@ from stepsave.errors import (
     UnreproducibleDataWarning,
 )
 from stepsave.fit import keras_internals, pretended_steps
-from stepsave.fit.data_position import Resume, Stream
-from stepsave.fit.keras_internals import EpochData, RunningFit
+from stepsave.fit.data_position import Batching, Resume, Stream
+from stepsave.fit.keras_data import EpochData
+from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.sources import Source, source_for
 from stepsave.rng import RngState
 
@@ -61,40 +62,45 @@ class _Last(keras.callbacks.Callback):
 
     async_safe = True
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listeners: Callable[[], list[Listener]]) -> None:
         super().__init__()
-        self._listener = weakref.ref(listener)
+        self._listeners = listeners
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        listener = self._listener()
-        if listener is not None:
+        for listener in self._listeners():
             listener.after_train_begin()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        listener = self._listener()
-        if listener is not None:
+        for listener in self._listeners():
             listener.after_epoch_end(epoch)
 
 
 class FitLoop:
     """Follows a running `fit` from cut to cut.
 
-    Holds no strong reference to the data or the callbacks of `fit`, so that they are freed
-    when it has ended, however it ended.
+    One for all who listen. Holds no strong reference to the data or the callbacks of `fit`, so
+    that they are freed when it has ended, however it ended.
     """
 
-    def __init__(self, fit: RunningFit, model: Any, listener: Listener) -> None:
-        """Begins to follow; to be called in the hook `on_train_begin` of a callback.
+    @classmethod
+    def of(cls, fit: RunningFit, model: Any, listener: Listener) -> FitLoop:
+        """Joins those who follow a `fit`; to be called in `on_train_begin` of a callback.
 
         Args:
             fit: The `fit` that is running.
             model: Its model.
-            listener: Who is told of cuts.
+            listener: Who is told of cuts, after those who joined before.
         """
+        loop = fit.shared(cls, lambda: cls(fit, model))
+        loop._listeners.append(weakref.ref(listener))  # noqa: SLF001  of this class
+        return loop
+
+    def __init__(self, fit: RunningFit, model: Any) -> None:
+        """Begins to follow; see `of`."""
         self._iterator = weakref.ref(fit.epoch_iterator)
         self._callbacks = weakref.ref(fit.callbacks)
         self._model = weakref.ref(model)
-        self._listener = weakref.ref(listener)
+        self._listeners: list[weakref.ref[Listener]] = []
         self._stream = Stream()
         self._created = 0
         self._used = 0
@@ -108,7 +114,7 @@ class FitLoop:
         # Called after all others in each hook, in this one too.
         callbacks = fit.callbacks.callbacks
         callbacks[:] = [other for other in callbacks if not isinstance(other, _Last)]
-        callbacks.append(_Last(listener))
+        callbacks.append(_Last(self._listening))
 
     @property
     def source(self) -> Source:
@@ -139,10 +145,16 @@ class FitLoop:
             place=self.source.place(stream.batches),
         )
 
-    def resume(self, resume: Resume) -> None:
-        """Has the next epoch begin as `resume` says."""
+    @property
+    def batching(self) -> Batching:
+        """How the data is cut into batches."""
+        data = self._data()
+        return Batching(data.batch_size, data.steps, data.steps_per_execution)
+
+    def resume(self, resume: Resume | None) -> None:
+        """Has the next epoch begin as `resume` says; None: as any other."""
         self._resume = resume
-        if resume.stream is not None:
+        if resume is not None and resume.stream is not None:
             self._created, self._used = resume.stream.created, resume.stream.used
             self.source.compare(resume.stream.start)
 
@@ -162,9 +174,12 @@ class FitLoop:
         if self._iterator() is not None:
             self._data().unwatch()
 
+    def _listening(self) -> list[Listener]:
+        found = [reference() for reference in self._listeners]
+        return [listener for listener in found if listener is not None]
+
     def _tell_of_cut(self, batches_done: int) -> None:
-        listener = self._listener()
-        if listener is not None:
+        for listener in self._listening():
             listener.at_cut(batches_done)
 
     def _data(self) -> EpochData:
@@ -248,11 +263,10 @@ class FitLoop:
         each = data.steps_per_execution
         # Executions; in an epoch that has become shorter all of them.
         done = math.ceil(min(resume.batch, data.steps or resume.batch) / each)
-        sample: Any = None
         for at, (begin, end, iterator) in enumerate(executions):
             if at == 0:
                 # Keras counts what it hands out; the stream may be longer in use than this epoch.
-                sample = self._pass_over(iterator)
+                self._pass_over(iterator)
                 if self._between_epochs is not None:
                     rng.restore(self._between_epochs)  # the way here may have drawn from them
                 if data.streams_last:
@@ -261,7 +275,7 @@ class FitLoop:
             if at < done - 1:
                 continue
             if at == done - 1:
-                self._restore_at_cut(resume, sample)
+                self._restore_at_cut(resume, iterator)
                 at_end = data.steps is not None and resume.batch >= data.steps
                 if at_end or resume.ended:
                     yield from self._pretend(begin, end)
@@ -270,7 +284,7 @@ class FitLoop:
                     return
                 continue
             if done == 0:
-                self._restore_at_cut(resume, sample)
+                self._restore_at_cut(resume, iterator)
             first = (begin, end, iterator)
             if done == 0 or data.steps is not None:
                 yield from self._execute(*first)
@@ -278,21 +292,20 @@ class FitLoop:
                 yield from self._execute_or_end(data, *first, executions)
             return
 
-    def _restore_at_cut(self, resume: Resume, sample: Any) -> None:
+    def _restore_at_cut(self, resume: Resume, iterator: Any) -> None:
         if self._nothing_is_left(resume) and self._stream.end is not None:
             self.source.set_state(self._stream.end)
-        resume.at_cut(sample)
+        resume.at_cut(iterator)
 
-    def _pass_over(self, iterator: Any) -> Any:
-        """Reads what was trained before; returns the specification of a batch on TensorFlow."""
+    def _pass_over(self, iterator: Any) -> None:
+        """Reads what was trained before."""
         stream = self._stream
         if stream.first is not None:
             rng.restore(RngState.from_json(stream.first))
         elif stream.batches == 0:
-            return None
+            return
         self._used += stream.batches > 0
-        told_s, listener = time.monotonic(), self._listener()
-        batch: Any = getattr(iterator, "element_spec", None)  # of tf.data; as good as a batch
+        told_s = time.monotonic()
         for read in range(self._to_read):
             try:
                 next(iterator)
@@ -303,12 +316,11 @@ class FitLoop:
                     f"The data ends after {read} batches, and the backup was made after "
                     f"{stream.batches} batches of it. Use the data that the backup was made with."
                 ) from None
-            if listener is not None:
+            for listener in self._listening():
                 listener.while_passing_over()
             if time.monotonic() - told_s > _TOLD_EVERY_S:
                 told_s = time.monotonic()
                 tell(f"Passing over {self._to_read} batches to where training goes on: {read + 1}")
-        return batch
 
     def _execute_or_end(
         self, data: EpochData, begin: int, end: int, iterator: Any, executions: Iterator[Any]

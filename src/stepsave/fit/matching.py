@@ -12,7 +12,7 @@ import numpy as np
 
 from stepsave.snapshot.arrays import HostArray
 
-__all__ = ("COLLECTIONS", "Pair", "fit_value", "match")
+__all__ = ("COLLECTIONS", "Pair", "fit_value", "is_metric", "match")
 
 COLLECTIONS = (
     "trainable_variables",
@@ -74,6 +74,11 @@ def match(
 
 
 _BELOW = "objects below the model"
+
+
+def is_metric(path: Path) -> bool:
+    """Whether a path is that of a variable of a metric of the model."""
+    return _collection_of(path) == "metrics_variables"
 
 
 def _collection_of(path: Path) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from stepsave.errors import Preempted
 
@@ -51,33 +51,37 @@ class PreemptionSignals:
     the end. A second SIGINT goes to it at once: somebody does not want to wait.
     """
 
-    def __init__(
-        self, signals: Sequence[signal.Signals], is_in_fit: Callable[[FrameType | None], bool]
-    ) -> None:
+    def __init__(self, is_in_fit: Callable[[FrameType | None], bool]) -> None:
         """Installs nothing yet.
 
         Args:
-            signals: The signals.
             is_in_fit: Whether the code at a frame was called by `fit`. When `fit` raises,
                 nobody tells its callbacks.
         """
-        self._signals = signals
         self._is_in_fit = is_in_fit
+        self._unsaved: set[int] = set()
         self._previous: dict[int, Any] = {}
         self.is_removed = False
         self.received: int | None = None
         self._received_s = 0.0
 
-    def install(self) -> bool:
-        """Installs the handlers; returns False off the main thread, where nobody can."""
+    def install(self, signals: Sequence[signal.Signals], saver: Any) -> bool:
+        """Installs handlers; returns False off the main thread, where nobody can.
+
+        Args:
+            signals: The signals, beside those that are handled already.
+            saver: Who is to save before the end, beside those who are already.
+        """
         if threading.current_thread() is not threading.main_thread():
-            _logger.info("Not on the main thread: signals of a preemption are not handled.")
             return False
-        self.is_removed = False
-        for signum in self._signals:
-            # Noted first: interrupted in between, `remove` finds nothing of ours to undo.
-            self._previous[signum] = signal.getsignal(signum)
-            signal.signal(signum, self._note)
+        self._unsaved.add(id(saver))
+        if self.is_removed:
+            self.is_removed, self._previous = False, {}
+        for signum in signals:
+            if signum not in self._previous:
+                # Noted first: interrupted in between, `remove` finds nothing of ours to undo.
+                self._previous[signum] = signal.getsignal(signum)
+                signal.signal(signum, self._note)
         return True
 
     def remove(self) -> None:
@@ -99,13 +103,17 @@ class PreemptionSignals:
             return owner.handler_before(signum)
         return previous
 
-    def end(self, saved_step: int, grace_period_s: float | None) -> NoReturn:
-        """Ends the training, which is saved: tells the handler before, and raises `Preempted`.
+    def end(self, saver: Any, saved_step: int, grace_period_s: float | None) -> None:
+        """Ends the training when all have saved: tells the handler before, raises `Preempted`.
 
         Args:
+            saver: Who has saved.
             saved_step: The step that is durable.
             grace_period_s: Seconds that there were, if known; a longer save is logged.
         """
+        self._unsaved.discard(id(saver))
+        if self._unsaved:
+            return
         assert self.received is not None
         waited_s = time.monotonic() - self._received_s
         if grace_period_s is not None and waited_s > grace_period_s:

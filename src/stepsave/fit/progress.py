@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ("Progress", "check_save_freq")
+__all__ = ("Progress", "check_save_freq", "steps_of")
 
 
 def check_save_freq(save_freq: object, *, may_be_false: bool) -> str | int:
@@ -26,6 +28,12 @@ def check_save_freq(save_freq: object, *, may_be_false: bool) -> str | int:
     if isinstance(save_freq, numbers.Integral) and save_freq is not True and int(save_freq) >= 1:
         return int(save_freq)
     raise ValueError(f"{received}Expected 'epoch' or a positive integer.")
+
+
+def steps_of(params: Mapping[str, Any] | None) -> int | None:
+    """Batches of an epoch, if known, by what Keras tells its callbacks."""
+    steps = (params or {}).get("steps")
+    return int(steps) if isinstance(steps, numbers.Integral) else None
 
 
 class Progress:

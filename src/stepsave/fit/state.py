@@ -19,9 +19,10 @@ from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.errors import CorruptBackupError
 from stepsave.fit import callback_states, keras_internals
-from stepsave.fit.data_position import Resume, Stream
+from stepsave.fit.data_position import Batching, Resume, Stream
 from stepsave.fit.loop import FitLoop
 from stepsave.fit.model_config import model_config
+from stepsave.fit.phases import Phases
 from stepsave.fit.saveables import SAVEABLES
 from stepsave.fit.variables import (
     ModelVariables,
@@ -79,16 +80,20 @@ class Cut:
 class FitState:
     """Collects the state of one `fit` for its saves."""
 
-    def __init__(self, model: Any, loop: FitLoop | None, *, with_history: bool) -> None:
+    def __init__(
+        self, model: Any, loop: FitLoop | None, phases: Phases, *, with_history: bool
+    ) -> None:
         """Collects nothing yet.
 
         Args:
             model: The model.
             loop: The loop of `fit`; None to save no more than Keras's callback resumes.
+            phases: The fits that use the same directory.
             with_history: Whether to save the history of all epochs.
         """
         self._model = model
         self._loop = loop
+        self._phases = phases
         self._with_history = with_history
         self._variables: ModelVariables | None = None
         self._variables_checked = False  # in this epoch
@@ -142,6 +147,7 @@ class FitState:
             "position": position.to_json(),
             "build_config": _build_config(model),
             "saveables": self._ask(variables, arrays),
+            "phase": self._phases.to_json(),
         }
         if loop is None:
             return document, arrays
@@ -152,6 +158,7 @@ class FitState:
             "rng": cut.rng,
             "stream": cut.stream,
             "data": loop.source.name,
+            "batching": loop.batching.to_json(),
             "callbacks": callback_states.capture(siblings, arrays),
             "stop_training": bool(model.stop_training),
             "ended": before is not None,
@@ -220,6 +227,7 @@ class RestoredFit:
         document: What is known for an exact resume; None if the backup does not have it.
         arrays: Arrays of callbacks' states.
         keras_seed: State of Keras's global seed generator, if it was saved.
+        cut_otherwise: How the data is cut into batches now and was then, if that differs.
     """
 
     position: TrainingPosition
@@ -227,6 +235,7 @@ class RestoredFit:
     document: dict[str, Any] | None
     arrays: Sequence[Any]
     keras_seed: Any
+    cut_otherwise: tuple[Batching, Batching] | None = None
 
     @property
     def stopped(self) -> bool:
@@ -242,19 +251,44 @@ class RestoredFit:
         stream = (self.document or {}).get("stream")
         ended = self._flag("ended")
 
-        def at_cut(batch: Any) -> None:
+        def at_cut(iterator: Any) -> None:
             if self.between_epochs:
                 self.variables.forget()  # all was put back before the epoch began
                 return
-            if batch is not None and keras.backend.backend() == "tensorflow":
-                keras_internals.build_metrics(model, batch)
+            if self.variables.lacks_metrics and keras.backend.backend() == "tensorflow":
+                keras_internals.trace_first_step(model, iterator)
             self.variables.assign_again()
             if ended:
                 model.stop_training = self._flag("stop_training")
             self.put_back(siblings())
 
         stream = None if stream is None else Stream.from_json(stream)
+        if stream is not None and self.cut_otherwise is not None:
+            now, then = self.cut_otherwise
+            place = stream.place if now == then else None
+            batches = now.place_of(stream.batches, then)
+            stream = dataclasses.replace(stream, batches=batches, place=place)
         return Resume(self.position.batch, stream, ended, at_cut)
+
+    def fit_to(self, batching: Batching) -> str | None:
+        """Has the epoch go on where it was, though the data may be cut into other batches now.
+
+        Returns:
+            What has changed, and what comes of it; None if nothing has.
+        """
+        saved = (self.document or {}).get("batching")
+        then = None if saved is None else Batching.from_json(saved)
+        if then is None or not batching.changes(then):
+            return None
+        self.cut_otherwise = (batching, then)
+        position = self.position
+        place = batching.place_of(position.batch, then)
+        self.position = dataclasses.replace(
+            position, batch=place, steps_per_epoch=batching.steps or position.steps_per_epoch
+        )
+        if self.between_epochs:
+            return None
+        return batching.describe_change(then, position.batch, place)
 
     def _flag(self, name: str) -> bool:
         return bool(self.document and self.document.get(name))
@@ -279,8 +313,15 @@ class RestoredFit:
             history.history = content["history"]
 
 
-def restore_fit(model: Any, backup: Backup) -> RestoredFit:
+def restore_fit(
+    model: Any, backup: Backup, batch_spec: Callable[[], Any] | None = None
+) -> RestoredFit:
     """Assigns the variables of a backup to a model: all of them, or none.
+
+    Args:
+        model: A compiled model.
+        backup: The backup.
+        batch_spec: Returns the specification of a batch on TensorFlow, to build the model by.
 
     Raises:
         BackupMismatchError: If the backup does not fit; the model is then untouched.
@@ -297,7 +338,7 @@ def restore_fit(model: Any, backup: Backup) -> RestoredFit:
     arrays, seed = ours.get("callbacks", {}), ours.get("rng", {}).get("keras")
     if _BELOW in ours:
         metrics[_OURS] = {_BELOW: ours[_BELOW]}
-    prepare_model(model, metadata.get("build_config"))
+    prepare_model(model, metadata.get("build_config"), batch_spec)
     in_order = [arrays[key] for key in sorted(arrays, key=int)]
     own_state = metadata.get("saveables", ()), in_order
     variables = restore_variables(model, state, metadata.get("backend"), own_state)

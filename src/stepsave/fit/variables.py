@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,7 +12,8 @@ import numpy as np
 
 from stepsave.errors import BackupMismatchError
 from stepsave.fit import keras_internals
-from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, match
+from stepsave.fit.keras_internals import is_built
+from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, is_metric, match
 from stepsave.fit.saveables import SAVEABLES, OwnState, Saveables
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import HostArray
@@ -82,16 +83,30 @@ class ModelVariables:
         return values + [variable.value for variable in self.below.variables]
 
 
-def prepare_model(model: Any, build_config: Mapping[str, Any] | None) -> None:
+def prepare_model(
+    model: Any,
+    build_config: Mapping[str, Any] | None,
+    batch_spec: Callable[[], Any] | None = None,
+) -> None:
     """Makes the variables exist that a backup is to be restored into.
 
     Args:
         model: A compiled model.
         build_config: What `get_build_config` said of the model that was saved.
+        batch_spec: Returns the specification of the batches that `fit` was given, on TensorFlow.
 
     Raises:
         BackupMismatchError: If the model is not built and cannot be.
     """
+    if keras.backend.backend() == "tensorflow" and batch_spec and _lacks_variables(model):
+        # Keras on TensorFlow builds in the first step, on other backends before `fit` begins.
+        try:
+            keras_internals.trace_training(model, batch_spec())
+        except Exception as e:
+            raise BackupMismatchError(
+                f"Model {model.name!r} is not built, and building it by its training step "
+                f"failed: {type(e).__name__}: {e}. Call it on a batch of data before `fit`."
+            ) from e
     if not model.built and build_config:
         try:
             model.build_from_config(dict(build_config))
@@ -108,6 +123,10 @@ def prepare_model(model: Any, build_config: Mapping[str, Any] | None) -> None:
     optimizer = model.optimizer
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
+
+
+def _lacks_variables(model: Any) -> bool:
+    return not is_built(model) or bool(Saveables(model, ()).unbuilt_optimizers)
 
 
 class Restored:
@@ -129,6 +148,13 @@ class Restored:
         self._backend = saved_backend
         self._own_state = own_state
         self._assigned: list[tuple[Any, HostArray, Any]] = []
+
+    @property
+    def lacks_metrics(self) -> bool:
+        """Whether the backup has metrics without a variable: Keras may make it in a step."""
+        known = {id(variable) for variable, _, _ in self._assigned}
+        saved = [path for path in flatten(self._state)[0] if is_metric(path)]
+        return len(saved) > sum(id(v) in known for v in self._model.metrics_variables)
 
     def note(self, variables: Sequence[Any], values: Sequence[HostArray]) -> None:
         for variable, value in zip(variables, values, strict=True):

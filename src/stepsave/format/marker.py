@@ -37,6 +37,8 @@ def encode_marker(record: BackupRecord) -> bytes:
         "shard_bytes": record.shard_bytes,
         "shard_digests": list(record.shard_digests),
     }
+    if record.ended:
+        document["ended"] = True
     body = json.dumps(document, separators=(",", ":")).encode()
     return f"{_MAGIC} {FORMAT_VERSION} {crc32c(body):08x} {len(body)}\n".encode() + body
 
@@ -85,6 +87,7 @@ def _record_of(document: dict[str, Any]) -> BackupRecord:
         files=tuple(FileRecord(str(path), int(size), int(crc)) for path, size, crc in files),
         shard_bytes=int(document["shard_bytes"]),
         shard_digests=tuple(int(digest) for digest in document["shard_digests"]),
+        ended=document.get("ended", False) is True,
     )
     if not record.directory.isdecimal() or record.directory != str(record.step):
         raise ValueError(f"directory {record.directory!r} is not that of step {record.step}")

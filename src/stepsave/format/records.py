@@ -161,6 +161,7 @@ class BackupRecord:
         shard_digests: For each shard the CRC-32C of its chunks' checksums, in order. It
             ties the shards to this save: a shard of another save, though each of its
             chunks proves itself, does not match.
+        ended: Whether the training that made it has come to its end since.
     """
 
     step: int
@@ -169,6 +170,7 @@ class BackupRecord:
     files: tuple[FileRecord, ...]
     shard_bytes: int
     shard_digests: tuple[int, ...]
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,11 +181,13 @@ class Backup:
         step: The step that was passed to `save`.
         state: The nested dict that was passed to `save`, with NumPy arrays as leaves.
         metadata: The metadata that was passed to `save`, as JSON keeps it.
+        ended: Whether it was said to be the last of its training, by `close(ended=True)`.
     """
 
     step: int
     state: dict[str, Any]
     metadata: dict[str, Any]
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

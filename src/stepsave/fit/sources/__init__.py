@@ -6,7 +6,7 @@ everywhere else batches are read and passed over, which costs time but not exact
 
 from __future__ import annotations
 
-from stepsave.fit.keras_internals import EpochData
+from stepsave.fit.keras_data import EpochData
 from stepsave.fit.sources.indexed import ArraySource, LoaderSource, PyDatasetSource
 from stepsave.fit.sources.sequential import GeneratorSource, GrainSource, TensorFlowSource
 from stepsave.fit.sources.source import Source

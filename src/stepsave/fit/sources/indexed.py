@@ -12,8 +12,8 @@ import keras
 
 from stepsave import rng
 from stepsave.errors import InvalidStateError
-from stepsave.fit import keras_internals
-from stepsave.fit.keras_internals import EpochData
+from stepsave.fit import keras_data
+from stepsave.fit.keras_data import EpochData
 from stepsave.fit.sources.source import Source, backend
 from stepsave.format.packing import pack, unpack
 
@@ -28,7 +28,7 @@ class ArraySource(Source):
     name = "arrays"
 
     def doubt(self) -> str | None:
-        shuffled = keras_internals.array_is_shuffled(self.adapter)
+        shuffled = keras_data.array_is_shuffled(self.adapter)
         if backend() == "tensorflow" and shuffled and not rng.tensorflow_is_seeded():
             return (
                 "Keras shuffles arrays on TensorFlow by its global seed, and none is set. Call "
@@ -39,7 +39,7 @@ class ArraySource(Source):
     def open_at(self, batches: int, place: Any) -> tuple[Any, int]:
         del place
         if backend() == "jax" and keras.distribution.distribution() is None:
-            keras_internals.skip_slices(self.adapter, batches)
+            keras_data.skip_slices(self.adapter, batches)
         iterable = self.data.get_iterator()
         return iterable, skip_indices(iterable, batches) if backend() == "torch" else batches
 
@@ -55,7 +55,7 @@ class PyDatasetSource(Source):
         if self.object.num_batches is not None and not data.streams_last:
             # To build a model Keras reads a batch, and trains on the others that workers had
             # loaded by then, in each epoch those of the epoch before. Epochs are then not whole.
-            keras_internals.drop_leftovers(self.adapter)
+            keras_data.drop_leftovers(self.adapter)
 
     @property
     def _has_state(self) -> bool:
@@ -73,7 +73,7 @@ class PyDatasetSource(Source):
                 "process begins with a new one. Give it `get_state()` and `set_state(state)`"
             )
         if (
-            keras_internals.py_dataset_has_workers(self.adapter)
+            keras_data.py_dataset_has_workers(self.adapter)
             and self.data.streams_last
             and self.object.num_batches is not None
         ):
@@ -93,22 +93,22 @@ class PyDatasetSource(Source):
     def prepare(self, batches: int) -> None:
         if not batches:
             return
-        if keras_internals.py_dataset_has_workers(self.adapter):
+        if keras_data.py_dataset_has_workers(self.adapter):
             order = None
-            if self.object.num_batches is not None and keras_internals.take_shuffle(self.adapter):
+            if self.object.num_batches is not None and keras_data.take_shuffle(self.adapter):
                 order = list(range(self.object.num_batches))
                 random.shuffle(order)  # as a worker would have, without a race for the generator
             passing = _PassedByIndex(self.object, batches, order)
         else:
             passing = _PassedInTurn(self.object, batches)
-        self._put_back = keras_internals.wrap_py_dataset(self.adapter, passing)
+        self._put_back = keras_data.wrap_py_dataset(self.adapter, passing)
 
     def close_epoch(self) -> None:
         if self._put_back is not None:
             self._put_back()
             self._put_back = None
             if not self.data.streams_last:
-                keras_internals.drop_leftovers(self.adapter)
+                keras_data.drop_leftovers(self.adapter)
 
 
 class _Passed:
@@ -176,7 +176,7 @@ class LoaderSource(Source):
     @property
     def _tells_its_place(self) -> bool:
         stateful = all(hasattr(self.object, name) for name in ("state_dict", "load_state_dict"))
-        return stateful and self._place_is_packable and not keras_internals.reads_ahead()
+        return stateful and self._place_is_packable and not keras_data.reads_ahead()
 
     def state(self) -> Any:
         return pack([generator.get_state() for generator in self._generators()])

@@ -11,8 +11,8 @@ from typing import Any, cast
 import keras
 import numpy as np
 
-from stepsave.fit import keras_internals
-from stepsave.fit.keras_internals import EpochData
+from stepsave.fit import keras_data
+from stepsave.fit.keras_data import EpochData
 from stepsave.fit.sources.source import Source, backend
 from stepsave.format.packing import pack, unpack
 
@@ -73,10 +73,10 @@ class GrainSource(Source):
             return self._open(None, 0), batches
         self._reading = None  # its states would be those of the slice
         if backend() == "jax":
-            keras_internals.wrap_next(self.adapter, lambda iterable: iterable[batches:])
+            keras_data.wrap_next(self.adapter, lambda iterable: iterable[batches:])
             return self.data.get_iterator(), 0
         rest = cast("Any", self.object)[batches:]
-        with keras_internals.swap_source(self.adapter, rest):
+        with keras_data.swap_source(self.adapter, rest):
             tensorflow = backend() == "tensorflow"
             return self.data.remake() if tensorflow else self.data.get_iterator(), 0
 
@@ -85,9 +85,9 @@ class GrainSource(Source):
             return _Followed(self, iterable, state, batches)
 
         if backend() == "jax":
-            keras_internals.wrap_next(self.adapter, follow)
+            keras_data.wrap_next(self.adapter, follow)
         elif backend() == "torch":
-            with keras_internals.swap_source(self.adapter, follow(self.object)):
+            with keras_data.swap_source(self.adapter, follow(self.object)):
                 return self.data.get_iterator()
         return self.data.get_iterator()
 
@@ -134,7 +134,7 @@ class _Reading(Iterator[Any]):
         self._iterator = iterator
         self._read = batches
         self._places: dict[int, Any] = {}
-        self._reads_ahead = keras_internals.reads_ahead()
+        self._reads_ahead = keras_data.reads_ahead()
 
     def __next__(self) -> Any:
         batch = next(self._iterator)
@@ -171,23 +171,23 @@ class GeneratorSource(Source):
         return None
 
     def state(self) -> Any:
-        first = _checksum(keras_internals.first_batches(self.adapter))
+        first = _checksum(keras_data.first_batches(self.adapter))
         return {"drawn": self._drawn, "first": first}
 
     def compare(self, state: Any) -> None:
-        first = keras_internals.first_batches(self.adapter)
+        first = keras_data.first_batches(self.adapter)
         self._differs = state is not None and state["first"] != _checksum(first)
 
     def set_state(self, state: Any) -> None:
         drawn = 0 if state is None else state["drawn"]
         if drawn > self._drawn:
             batches = self.object()  # Keras hands those out first that it had read ahead
-            for _ in range(len(keras_internals.first_batches(self.adapter)) + drawn - self._drawn):
+            for _ in range(len(keras_data.first_batches(self.adapter)) + drawn - self._drawn):
                 next(batches, None)
             self._drawn = drawn
 
     def count(self, batches: int) -> None:
-        self._drawn += max(0, batches - len(keras_internals.first_batches(self.adapter)))
+        self._drawn += max(0, batches - len(keras_data.first_batches(self.adapter)))
 
 
 def _with_inputs(dataset: Any) -> Iterator[Any]:
@@ -206,7 +206,7 @@ def _is_unseeded_shuffle(dataset: Any) -> bool:
 
 def _unseeded_generator(adapter: Any) -> str | None:
     """The name of a NumPy generator without a seed that a Python generator has at hand."""
-    for name, value in keras_internals.generator_names(adapter).items():
+    for name, value in keras_data.generator_names(adapter).items():
         bits = getattr(value, "bit_generator", None)
         entropy = getattr(getattr(bits, "seed_seq", None), "entropy", None)
         # Without a seed NumPy takes 128 bits from the operating system.

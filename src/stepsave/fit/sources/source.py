@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from stepsave.fit import keras_internals
-from stepsave.fit.keras_internals import EpochData
+from stepsave.fit import keras_data
+from stepsave.fit.keras_data import EpochData
 
 __all__ = ("Source", "backend")
 
@@ -20,7 +20,7 @@ class Source:
     def __init__(self, data: EpochData) -> None:
         self.data = data
         self.adapter = data.adapter
-        self.object = keras_internals.source_of(data.adapter)
+        self.object = keras_data.source_of(data.adapter)
 
     def doubt(self) -> str | None:
         """Why a resumed run may see other data than the uninterrupted one; None if it does not."""
