@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy as np
 from stepsave.errors import CorruptBackupError
 from stepsave.format.packing import pack, unpack
 
-__all__ = ("RngState", "capture", "hand_in_keras", "restore")
+__all__ = ("RngState", "capture", "hand_in_keras", "moved", "restore")
 
+_ON_HOST = ("python", "numpy", "torch")
 
 _keras: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
 
@@ -96,19 +97,32 @@ def capture(*, keras: bool = True) -> RngState:
     )
 
 
-def restore(state: RngState) -> None:
+def moved(before: RngState, after: RngState) -> frozenset[str]:
+    """Names of those of Python's, NumPy's and torch's generators that were drawn from between."""
+    then, now = before.to_json(), after.to_json()
+    return frozenset(name for name in _ON_HOST if then.get(name) != now.get(name))
+
+
+def restore(state: RngState, *, leave: Collection[str] = ()) -> None:
     """Makes the global random generators go on from `state`.
 
     Generators of libraries that are not imported now, or were not then, are left alone.
+
+    Args:
+        state: What `capture` returned.
+        leave: Names, as `moved` returns them, of generators to leave alone.
 
     Raises:
         CorruptBackupError: If a generator refuses the state.
     """
     try:
-        version, words, gauss = state.python
-        random.setstate((version, tuple(int(word) for word in words), gauss))
-        np.random.set_state(state.numpy)  # noqa: NPY002
-        _restore_torch(state)
+        if "python" not in leave:
+            version, words, gauss = state.python
+            random.setstate((version, tuple(int(word) for word in words), gauss))
+        if "numpy" not in leave:
+            np.random.set_state(state.numpy)  # noqa: NPY002
+        if "torch" not in leave:
+            _restore_torch(state)
         _restore_tensorflow(state)
     except (TypeError, ValueError, RuntimeError, KeyError) as e:
         raise CorruptBackupError(f"A random generator refuses its saved state: {e}.") from e

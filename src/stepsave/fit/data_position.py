@@ -124,10 +124,11 @@ class Resume:
         batch: Batches of the epoch that were trained before.
         stream: How the data was read up to there; None if that is not known.
         ended: Whether no batch of the epoch was left: its validation was going on.
-        at_cut: Called at the cut, when the data is there, with what `fit` trains from.
+        at_cut: Called at the cut, when the data is there, with what `fit` trains from, and with
+            the global random generators that data draws from in the background (`rng.moved`).
     """
 
     batch: int
     stream: Stream | None
     ended: bool
-    at_cut: Callable[[Any], None]
+    at_cut: Callable[[Any, frozenset[str]], None]

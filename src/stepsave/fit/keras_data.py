@@ -103,6 +103,11 @@ def reads_ahead() -> bool:
     return keras.backend.backend() == "tensorflow"
 
 
+def reads_in_background() -> bool:
+    """Whether data is read on another thread than that of `fit`, at any time: by `tf.data`."""
+    return keras.backend.backend() == "tensorflow"
+
+
 # Data adapters: keras/src/trainers/data_adapters. A source whose adapter looks otherwise than
 # expected is read from its start up to where training goes on.
 

@@ -27,7 +27,7 @@ from stepsave.errors import (
     BackupMismatchError,
     UnreproducibleDataWarning,
 )
-from stepsave.fit import keras_internals, pretended_steps
+from stepsave.fit import keras_data, keras_internals, pretended_steps
 from stepsave.fit.data_position import Batching, Resume, Stream
 from stepsave.fit.keras_data import EpochData
 from stepsave.fit.keras_internals import RunningFit
@@ -108,6 +108,7 @@ class FitLoop:
         self._resume: Resume | None = None
         self._between_epochs: RngState | None = None
         self._to_read = 0
+        self._drawn_ahead: frozenset[str] = frozenset()
         data = self._data()
         data.companion = source_for(data)  # it holds the data
         data.watch(self._enumerate, self._get_iterator)
@@ -295,13 +296,28 @@ class FitLoop:
     def _restore_at_cut(self, resume: Resume, iterator: Any) -> None:
         if self._nothing_is_left(resume) and self._stream.end is not None:
             self.source.set_state(self._stream.end)
-        resume.at_cut(iterator)
+        resume.at_cut(iterator, self._drawn_ahead)
 
     def _pass_over(self, iterator: Any) -> None:
         """Reads what was trained before."""
+        if not keras_data.reads_in_background():
+            self._read_over(iterator)
+            return
+        # What the data draws from, it draws from at any time now. It has come to its place by
+        # reading, and is not to be put back to where it was when the backup was made.
+        marks = [rng.capture(keras=False)]
+        self._read_over(iterator, marks)
+        marks.append(rng.capture(keras=False))
+        self._drawn_ahead = rng.moved(marks[0], marks[-1]) - self.source.draws_first
+        if len(marks) > 2:
+            self._drawn_ahead |= rng.moved(marks[1], marks[-1])
+
+    def _read_over(self, iterator: Any, marks: list[RngState] | None = None) -> None:
         stream = self._stream
         if stream.first is not None:
             rng.restore(RngState.from_json(stream.first))
+            if marks:
+                marks[:] = [rng.capture(keras=False)]
         elif stream.batches == 0:
             return
         self._used += stream.batches > 0
@@ -316,6 +332,8 @@ class FitLoop:
                     f"The data ends after {read} batches, and the backup was made after "
                     f"{stream.batches} batches of it. Use the data that the backup was made with."
                 ) from None
+            if read == 0 and marks:
+                marks.append(rng.capture(keras=False))
             for listener in self._listening():
                 listener.while_passing_over()
             if time.monotonic() - told_s > _TOLD_EVERY_S:

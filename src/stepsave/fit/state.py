@@ -251,7 +251,7 @@ class RestoredFit:
         stream = (self.document or {}).get("stream")
         ended = self._flag("ended")
 
-        def at_cut(iterator: Any) -> None:
+        def at_cut(iterator: Any, drawn_ahead: frozenset[str]) -> None:
             if self.between_epochs:
                 self.variables.forget()  # all was put back before the epoch began
                 return
@@ -260,7 +260,7 @@ class RestoredFit:
             self.variables.assign_again()
             if ended:
                 model.stop_training = self._flag("stop_training")
-            self.put_back(siblings())
+            self.put_back(siblings(), leave=drawn_ahead)
 
         stream = None if stream is None else Stream.from_json(stream)
         if stream is not None and self.cut_otherwise is not None:
@@ -293,15 +293,15 @@ class RestoredFit:
     def _flag(self, name: str) -> bool:
         return bool(self.document and self.document.get(name))
 
-    def put_back(self, siblings: Sequence[Any]) -> None:
-        """Restores the callbacks' states and the random generators."""
+    def put_back(self, siblings: Sequence[Any], *, leave: frozenset[str] = frozenset()) -> None:
+        """Restores the callbacks' states and the random generators, but those to leave."""
         document = self.document
         if document is None:
             return
         callback_states.restore(siblings, document["callbacks"], self.arrays)
         if self.keras_seed is not None:
             keras_internals.set_global_seed(self.keras_seed)
-        rng.restore(RngState.from_json(document["rng"]))
+        rng.restore(RngState.from_json(document["rng"]), leave=leave)
 
     def put_back_history(self, model: Any) -> None:
         """Makes `History` go on from the epochs before, if they were saved."""

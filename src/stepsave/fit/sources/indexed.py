@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -14,12 +14,15 @@ from stepsave import rng
 from stepsave.errors import InvalidStateError
 from stepsave.fit import keras_data
 from stepsave.fit.keras_data import EpochData
+from stepsave.fit.sources.generators import OwnGenerators
 from stepsave.fit.sources.source import Source, backend
 from stepsave.format.packing import pack, unpack
 
 __all__ = ("ArraySource", "LoaderSource", "PyDatasetSource")
 
 _logger = logging.getLogger("stepsave")
+
+_GENERATORS = "generators of the data set"
 
 
 class ArraySource(Source):
@@ -45,12 +48,17 @@ class ArraySource(Source):
 
 
 class PyDatasetSource(Source):
-    """`keras.utils.PyDataset`: batches passed over are not loaded, except one."""
+    """`keras.utils.PyDataset`: batches passed over are not loaded, except one.
+
+    All are where loading one changes its state: its random generators, or its `get_state()`.
+    """
 
     name = "`keras.utils.PyDataset`"
+    draws_first = frozenset({"python"})  # to shuffle
 
     def __init__(self, data: EpochData) -> None:
         super().__init__(data)
+        self._generators = OwnGenerators(self.object)
         self._put_back: Callable[[], None] | None = None
         if self.object.num_batches is not None and not data.streams_last:
             # To build a model Keras reads a batch, and trains on the others that workers had
@@ -72,6 +80,11 @@ class PyDatasetSource(Source):
                 f"`{type(self.object).__name__}` changes itself in `{hooks[0]}`, and a new "
                 "process begins with a new one. Give it `get_state()` and `set_state(state)`"
             )
+        if keras_data.py_dataset_has_workers(self.adapter) and self._generators:
+            return (
+                f"`{type(self.object).__name__}` has a random generator of its own, from which its "
+                "workers draw in any order. Draw from a generator that is seeded by the index"
+            )
         if (
             keras_data.py_dataset_has_workers(self.adapter)
             and self.data.streams_last
@@ -84,9 +97,14 @@ class PyDatasetSource(Source):
         return None
 
     def state(self) -> Any:
-        return pack(self.object.get_state(), where="get_state()") if self._has_state else None
+        own = pack(self.object.get_state(), where="get_state()") if self._has_state else None
+        return {_GENERATORS: self._generators.state(), "own": own} if self._generators else own
 
     def set_state(self, state: Any) -> None:
+        if isinstance(state, dict) and _GENERATORS in state:
+            document = cast("dict[str, Any]", state)
+            self._generators.set_state(document[_GENERATORS])
+            state = document["own"]
         if state is not None and self._has_state:
             self.object.set_state(unpack(state))
 
@@ -100,8 +118,14 @@ class PyDatasetSource(Source):
                 random.shuffle(order)  # as a worker would have, without a race for the generator
             passing = _PassedByIndex(self.object, batches, order)
         else:
-            passing = _PassedInTurn(self.object, batches)
+            passing = _PassedInTurn(self.object, batches, self._moved_by_loading)
         self._put_back = keras_data.wrap_py_dataset(self.adapter, passing)
+
+    def _moved_by_loading(self) -> Any:
+        """Something that differs after a batch was loaded if that draws or changes something."""
+        # Elsewhere the global generators are put back to where they were.
+        drawn = rng.capture(keras=False).to_json() if keras_data.reads_in_background() else None
+        return self.state(), drawn
 
     def close_epoch(self) -> None:
         if self._put_back is not None:
@@ -133,10 +157,20 @@ class _Passed:
 class _PassedInTurn(_Passed):
     """Passes over the first batches that are asked for, one after the other."""
 
+    def __init__(self, dataset: Any, batches: int, state: Callable[[], Any]) -> None:
+        super().__init__(dataset, batches)
+        self._state = state
+        self._moves: bool | None = None  # whether its state moves with each batch
+
     def __getitem__(self, index: int) -> Any:
-        if self._batches <= 0:
+        if self._batches <= 0 or self._moves:
             return self._dataset[index]
         self._batches -= 1
+        if self._moves is None:
+            before = self._state()
+            batch = self._pass(index)
+            self._moves = self._state() != before
+            return batch
         return self._pass(index)
 
 
@@ -156,13 +190,16 @@ class LoaderSource(Source):
     """A torch `DataLoader`: without workers only indices are drawn for what is passed over.
 
     With workers all is read, because their random generators are seeded by the epoch and
-    moved by what they load. A `StatefulDataLoader` is set to its place.
+    moved by what they load; and where the data set has a random generator of its own. A
+    `StatefulDataLoader` is set to its place.
     """
 
     name = "torch `DataLoader`"
+    draws_first = frozenset({"torch"})  # to seed workers, and to shuffle
 
     def __init__(self, data: EpochData) -> None:
         super().__init__(data)
+        self._generators_of_rows = OwnGenerators(self.object.dataset)
         self._place_is_packable = True
 
     def doubt(self) -> str | None:
@@ -179,7 +216,9 @@ class LoaderSource(Source):
         return stateful and self._place_is_packable and not keras_data.reads_ahead()
 
     def state(self) -> Any:
-        return pack([generator.get_state() for generator in self._generators()])
+        own = pack([generator.get_state() for generator in self._generators()])
+        rows = self._generators_of_rows
+        return {_GENERATORS: rows.state(), "own": own} if rows else own
 
     def place(self, batches: int) -> Any:
         if not self._tells_its_place or batches == self.data.steps:
@@ -192,6 +231,10 @@ class LoaderSource(Source):
             return None
 
     def set_state(self, state: Any) -> None:
+        if isinstance(state, dict) and _GENERATORS in state:
+            document = cast("dict[str, Any]", state)
+            self._generators_of_rows.set_state(document[_GENERATORS])
+            state = document["own"]
         for generator, words in zip(self._generators(), unpack(state or []), strict=False):
             generator.set_state(words)
 
@@ -199,8 +242,23 @@ class LoaderSource(Source):
         if place is not None and self._tells_its_place:
             self.object.load_state_dict(unpack(place))
             return self.data.get_iterator(), 0
-        to_read = skip_indices(self.object, batches)
+        to_read = batches if self._rows_draw() else skip_indices(self.object, batches)
         return self.data.get_iterator(), to_read
+
+    def _rows_draw(self) -> bool:
+        """Whether to load a row may move a random generator that is not put back otherwise."""
+        if self._generators_of_rows:
+            return True
+        if not keras_data.reads_in_background() or self.object.num_workers:
+            return False
+        before = rng.capture(keras=False)
+        try:
+            self.object.dataset[0]
+        except Exception:  # noqa: BLE001  data by other keys, or by iteration: nobody knows
+            return True
+        drawn = rng.moved(before, rng.capture(keras=False))
+        rng.restore(before)
+        return bool(drawn)
 
     def _generators(self) -> list[Any]:
         """Random generators of its own, each once."""

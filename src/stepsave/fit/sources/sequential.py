@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -21,12 +22,24 @@ __all__ = ("GeneratorSource", "GrainSource", "TensorFlowSource")
 _logger = logging.getLogger("stepsave")
 
 _PLACES = 64  # Keras reads one batch ahead
+_MAX_SEED = 16  # numbers
 
 
 class TensorFlowSource(Source):
     """`tf.data.Dataset`: what shuffles it goes on with each iterator that is made."""
 
     name = "`tf.data.Dataset`"
+
+    def __init__(self, data: EpochData) -> None:
+        super().__init__(data)
+        self._seeds = _seeds(self.object)
+
+    def state(self) -> Any:
+        return [pack(seed.numpy()) for seed in self._seeds] or None
+
+    def set_state(self, state: Any) -> None:
+        for seed, value in zip(self._seeds, state or (), strict=False):
+            seed.assign(unpack(value))
 
     def doubt(self) -> str | None:
         if any(_is_unseeded_shuffle(dataset) for dataset in _with_inputs(self.object)):
@@ -202,6 +215,20 @@ def _with_inputs(dataset: Any) -> Iterator[Any]:
 def _is_unseeded_shuffle(dataset: Any) -> bool:
     seeds = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
     return all(seed is not None and int(seed) == 0 for seed in seeds)
+
+
+def _seeds(dataset: Any) -> list[Any]:
+    """Variables that the functions of a dataset use and that may be seeds, as a Keras layer has.
+
+    Small and of integers. Other ones, such as weights, do not move when they are read.
+    """
+    graphs = [
+        getattr(function.function, "graph", None)
+        for one in _with_inputs(dataset)
+        for function in getattr(one, "_functions", list)()
+    ]
+    variables = [variable for graph in graphs for variable in getattr(graph, "variables", ())]
+    return [v for v in variables if v.dtype.is_integer and 0 < math.prod(v.shape) <= _MAX_SEED]
 
 
 def _unseeded_generator(adapter: Any) -> str | None:

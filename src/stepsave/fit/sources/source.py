@@ -16,6 +16,8 @@ class Source:
     """Data of which nothing is known but that it can be read from its start."""
 
     name = "data of an unknown kind"
+    draws_first: frozenset[str] = frozenset()
+    """The global random generators that are drawn from once, when a stream begins."""
 
     def __init__(self, data: EpochData) -> None:
         self.data = data
