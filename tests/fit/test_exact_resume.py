@@ -12,19 +12,10 @@ import sys
 
 import numpy as np
 import pytest
-from exact_support import (
-    BACKEND,
-    EPOCHS,
-    NUMBERS,
-    SAMPLES,
-    SOURCES,
-    STEPS,
-    Interrupt,
-    StopError,
-    backup_for,
-    train,
-)
+from exact_sources import BACKEND, NUMBERS, SOURCES
+from exact_support import EPOCHS, Interrupt, StopError, backup_for, train
 from keras_support import BACKENDS, child_environment
+from rows import SAMPLES, STEPS
 
 import stepsave
 

@@ -5,8 +5,10 @@ import inspect
 
 import keras
 import pytest
-from exact_support import BACKEND, SOURCES, Interrupt, StopError, backup_for, make_model, samples
+from exact_sources import BACKEND, SOURCES
+from exact_support import Interrupt, StopError, backup_for, make_model
 from keras_support import fit, step_model
+from rows import samples
 
 import stepsave
 from stepsave.fit import keras_internals

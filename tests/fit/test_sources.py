@@ -9,24 +9,10 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from exact_support import (
-    BACKEND,
-    BATCH,
-    SAMPLES,
-    SOURCES,
-    STEPS,
-    Interrupt,
-    Rows,
-    ShuffledRows,
-    StopError,
-    TorchRows,
-    arrays,
-    make_model,
-    samples,
-    torch_loader,
-    train,
-)
+from exact_sources import BACKEND, SOURCES, Rows, ShuffledRows, arrays, torch_loader
+from exact_support import Interrupt, StopError, make_model, train
 from keras_support import Child
+from rows import BATCH, SAMPLES, STEPS, TorchRows, samples
 
 import stepsave
 from stepsave.fit.keras_data import reads_ahead
@@ -341,7 +327,7 @@ def test_a_py_dataset_that_says_its_state_is_not_warned_of(tmp_path):
 
 
 def test_long_ways_through_the_data_are_told_of(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr("stepsave.fit.loop._TOLD_EVERY_S", 0.0)
+    monkeypatch.setattr("stepsave.fit.passing_over._TOLD_EVERY_S", 0.0)
     with caplog.at_level("INFO", "stepsave"):
         resumed(tmp_path, "generator")
     told = [r.getMessage() for r in caplog.records if "Passing over" in r.getMessage()]

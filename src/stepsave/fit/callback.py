@@ -21,8 +21,9 @@ from stepsave.fit.companions import Companions, Start
 from stepsave.fit.copies import FreshCopies
 from stepsave.fit.keras_internals import RunningFit, is_in_fit
 from stepsave.fit.keras_names import KerasFiles
-from stepsave.fit.loop import FitLoop, forget_interrupted, tell
+from stepsave.fit.loop import FitLoop, forget_interrupted
 from stepsave.fit.open_directories import take_directory
+from stepsave.fit.passing_over import tell
 from stepsave.fit.phases import Phases
 from stepsave.fit.preemption import PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq, steps_of

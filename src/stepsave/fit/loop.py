@@ -12,10 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 import math
-import time
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
@@ -23,22 +20,15 @@ from typing import Any, Protocol
 import keras
 
 from stepsave import rng
-from stepsave.errors import (
-    BackupMismatchError,
-    UnreproducibleDataWarning,
-)
-from stepsave.fit import keras_data, keras_internals, pretended_steps
+from stepsave.fit import keras_internals, pretended_steps
 from stepsave.fit.data_position import Batching, Resume, Stream
 from stepsave.fit.keras_data import EpochData
 from stepsave.fit.keras_internals import RunningFit
+from stepsave.fit.passing_over import pass_over, warn_of_data
 from stepsave.fit.sources import Source, source_for
 from stepsave.rng import RngState
 
-__all__ = ("FitLoop", "Listener", "forget_interrupted", "tell")
-
-_logger = logging.getLogger("stepsave")
-
-_TOLD_EVERY_S = 5.0  # progress of a long way through the data
+__all__ = ("FitLoop", "Listener", "forget_interrupted")
 
 
 class Listener(Protocol):
@@ -163,12 +153,7 @@ class FitLoop:
         """Warns if a resumed run may see other data, and says why."""
         doubt = self.source.doubt()
         if doubt is not None:
-            warnings.warn(
-                f"After an interruption the data may come in another order: {doubt}. Training "
-                f"goes on at the right batch all the same. (x is a {self.source.name}.)",
-                UnreproducibleDataWarning,
-                stacklevel=2,
-            )
+            warn_of_data(self.source, doubt)
 
     def stop(self) -> None:
         """Lets go of `fit`."""
@@ -299,46 +284,15 @@ class FitLoop:
         resume.at_cut(iterator, self._drawn_ahead)
 
     def _pass_over(self, iterator: Any) -> None:
-        """Reads what was trained before."""
-        if not keras_data.reads_in_background():
-            self._read_over(iterator)
-            return
-        # What the data draws from, it draws from at any time now. It has come to its place by
-        # reading, and is not to be put back to where it was when the backup was made.
-        marks = [rng.capture(keras=False)]
-        self._read_over(iterator, marks)
-        marks.append(rng.capture(keras=False))
-        self._drawn_ahead = rng.moved(marks[0], marks[-1]) - self.source.draws_first
-        if len(marks) > 2:
-            self._drawn_ahead |= rng.moved(marks[1], marks[-1])
+        self._used += self._stream.batches > 0
 
-    def _read_over(self, iterator: Any, marks: list[RngState] | None = None) -> None:
-        stream = self._stream
-        if stream.first is not None:
-            rng.restore(RngState.from_json(stream.first))
-            if marks:
-                marks[:] = [rng.capture(keras=False)]
-        elif stream.batches == 0:
-            return
-        self._used += stream.batches > 0
-        told_s = time.monotonic()
-        for read in range(self._to_read):
-            try:
-                next(iterator)
-            except StopIteration:
-                if read + self._data().steps_per_execution > self._to_read:
-                    break  # an execution may be shorter, where the data ends
-                raise BackupMismatchError(
-                    f"The data ends after {read} batches, and the backup was made after "
-                    f"{stream.batches} batches of it. Use the data that the backup was made with."
-                ) from None
-            if read == 0 and marks:
-                marks.append(rng.capture(keras=False))
+        def on_read() -> None:
             for listener in self._listening():
                 listener.while_passing_over()
-            if time.monotonic() - told_s > _TOLD_EVERY_S:
-                told_s = time.monotonic()
-                tell(f"Passing over {self._to_read} batches to where training goes on: {read + 1}")
+
+        self._drawn_ahead = pass_over(
+            iterator, self._stream, self._to_read, self._data(), self.source, on_read=on_read
+        )
 
     def _execute_or_end(
         self, data: EpochData, begin: int, end: int, iterator: Any, executions: Iterator[Any]
@@ -393,11 +347,3 @@ def forget_interrupted(model: Any, fit: RunningFit | None, callback: Any) -> Non
 
 def _capture() -> dict[str, Any]:
     return rng.capture(keras=False).to_json()
-
-
-def tell(message: str) -> None:
-    """Says something to the user, where Keras's callbacks say it."""
-    if keras.config.is_interactive_logging_enabled():
-        print(message, flush=True)  # noqa: T201
-    else:
-        _logger.info("%s", message.lstrip())
