@@ -75,7 +75,7 @@ class Checkpointer:
         """Opens a directory, making it if needed, and locks it against other processes.
 
         Args:
-            directory: Where the backup lives. Its own: nothing else may be in it.
+            directory: Where the backup lives. Its own, but for `lost+found` and the like.
             double_checkpoint: Whether to keep the backup before the newest valid too, to
                 fall back to if the newest cannot be read. Takes its size on disk once more.
             when_busy: What `save` does while both host buffers are still in use: `"wait"`
@@ -331,7 +331,7 @@ class Checkpointer:
             self._close_error = e
         self._lock.release(remove=delete_backup and self._close_error is None)
         if delete_backup and self._close_error is None:
-            self._store.remove_empty_directory("")
+            self._store.remove_empty_root()
         self._end_threads()
 
     def _end_threads(self) -> None:

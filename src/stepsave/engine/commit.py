@@ -27,6 +27,7 @@ from stepsave.engine.known_files import (
     TRAINING_PATH,
     refuse_foreign,
     remove_known,
+    without_junk,
 )
 from stepsave.errors import CorruptBackupError
 from stepsave.format import orbax
@@ -226,6 +227,9 @@ class CommitProtocol:
             if name.isdigit() and name not in kept:
                 _logger.debug("%s: taking in unreferenced backup %s", self._store.root, name)
                 self._remove_backup(SPARE)  # and forget what it held
+                if self._store.exists(SPARE):  # with what is not ours in it
+                    self._remove_backup(name)
+                    continue
                 # Renamed first: a half-removed directory must not look like a backup.
                 self._store.rename(name, SPARE)
         self._collected = True
@@ -254,7 +258,7 @@ class CommitProtocol:
                 return False
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
         expected = {*blueprint.files, *_CHANGING, *shards}
-        return set(self._store.walk(SPARE)) <= expected
+        return set(without_junk(self._store.walk(SPARE))) <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""

@@ -192,6 +192,18 @@ class LocalStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.root / path)
 
+    def remove_empty_root(self) -> bool:
+        """Removes the directory itself if nothing is in it; tells whether it is gone.
+
+        One that was given to us, a mounted volume say, may lie where we may remove nothing.
+        """
+        try:
+            return self.remove_empty_directory("")
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return False
+            raise
+
     def remove_empty_directory(self, path: str) -> bool:
         """Removes a directory if nothing is in it; tells whether it is gone."""
         try:
