@@ -11,35 +11,23 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from stepsave.engine.arguments import (
+    StructureText,
     check_choice,
     check_directory,
     check_step,
     check_threads,
     encode_training,
 )
-from stepsave.engine.commit import CommitProtocol
-from stepsave.engine.reader import restore_newest
+from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.saves import SaveHandle, SaveLog
-from stepsave.engine.writer import (
-    DEFAULT_LANES,
-    SaveRequest,
-    Writer,
-    WriterKind,
-    choose_direct,
-    start_threads,
-)
-from stepsave.errors import (
-    CheckpointerClosedError,
-    DirectoryBusyError,
-    NestedCallError,
-    StepsaveError,
-)
+from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
+from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
-from stepsave.format.tree import flatten
+from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
+from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.local import LocalStore
-from stepsave.store.lock import DirectoryLock
 from stepsave.threads import is_running
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
@@ -104,31 +92,22 @@ class Checkpointer:
         self._last_step = -1
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
+        self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
         self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
-        self._lock = DirectoryLock(self._store.root)
+        self._directory = BackupDirectory(self._store, self._log, self._helpers)
         try:
             self._keeper.call(lambda: self._open(writer, lanes, double_checkpoint))
         except BaseException:
             # Behind the opening, which goes on if only its caller was interrupted.
-            self._keeper.call(self._lock.release)
+            self._keeper.call(self._directory.release)
             self._end_threads()
             raise
 
     def _open(self, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
-        store = self._store
-        store.create()
-        # Before the lock file is made: a directory that is refused must stay as it was.
-        self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
-        self._lock.acquire()
-        self._protocol.read_markers()  # as they are now that nobody else can change them
-        if self._protocol.committed is not None:
-            self._last_step = self._protocol.committed.step
-        direct = choose_direct(store, writer)
-        self._writer_name = "direct" if direct else "tensorstore"
-        self._writer = Writer(
-            store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
-        )
+        self._directory.open(writer=writer, lanes=lanes, double_checkpoint=double_checkpoint)
+        if self._directory.committed is not None:
+            self._last_step = self._directory.committed.step
 
     @property
     def directory(self) -> str:
@@ -139,17 +118,17 @@ class Checkpointer:
     def committed(self) -> BackupRecord | None:
         """The newest valid backup; waits for saves in flight."""
         self.drain()
-        return self._protocol.committed
+        return self._directory.committed
 
     @property
     def previous(self) -> BackupRecord | None:
         """The backup before it, if `double_checkpoint` keeps one; waits likewise."""
         self.drain()
-        return self._protocol.previous
+        return self._directory.previous
 
     @property
     def closed(self) -> bool:
-        return self._lock.is_released
+        return self._directory.is_released
 
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
         """Sets constant texts to store with every backup from now on.
@@ -160,7 +139,7 @@ class Checkpointer:
         """
         self._capture.attach(items)
 
-    def prepare(self, state: Mapping[str, Any]) -> None:
+    def prepare(self, state: Any) -> None:
         """Does ahead what the first save would have to do: layout, buffers, their pages.
 
         Args:
@@ -171,22 +150,21 @@ class Checkpointer:
             ArenaMemoryError: If there is no memory for a host copy of it.
         """
         self._check_usable()
-        paths, leaves = flatten(state)
-        self.prepare_leaves(paths, leaves)
+        flat = flatten_state(state, open_leaf)
+        self.prepare_leaves(flat.paths, flat.leaves)
 
     def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
         """`prepare`, for a state that is flat already."""
         self._capture.prepare(paths, leaves)
 
-    def save(
-        self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> SaveHandle:
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Copies the state and returns; background threads make it durable.
 
         Args:
             step: Number of the step, greater than that of any save before.
-            state: Nested dict of NumPy, JAX, torch or TensorFlow arrays, or numbers. On
-                return it may be changed or donated.
+            state: NumPy, JAX, torch or TensorFlow arrays, numbers and None in dicts (with texts
+                or integers as keys), lists, tuples, named tuples, and containers that are
+                registered with JAX by name. On return it may be changed or donated.
             metadata: Anything that JSON can hold; comes back with the backup.
 
         Returns:
@@ -201,8 +179,11 @@ class Checkpointer:
         """
         began_s = time.perf_counter()
         self._check_usable()
-        paths, leaves = flatten(state)
-        return self.save_leaves(step, paths, leaves, metadata, began_s=began_s)
+        flat = flatten_state(state, open_leaf)
+        structure = self._structure.encode(flat.notes)
+        return self.save_leaves(
+            step, flat.paths, flat.leaves, metadata, began_s=began_s, structure=structure
+        )
 
     def save_leaves(
         self,
@@ -212,17 +193,18 @@ class Checkpointer:
         metadata: Mapping[str, Any] | None = None,
         *,
         began_s: float | None = None,
+        structure: str = "",
     ) -> SaveHandle:
         """`save`, for a state that is flat already.
 
         The same object as `paths` again saves the comparison. `began_s` says when the caller
-        began, by `time.perf_counter`.
+        began, by `time.perf_counter`; `structure` what paths cannot say, as JSON.
         """
         began_s = time.perf_counter() if began_s is None else began_s
         self._check_usable()
         self.raise_failed()
         step = check_step(step, self._last_step, self.directory)
-        training = encode_training(step, metadata)
+        training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
         # Interrupted from here on, the save is left behind, and the next call settles it.
         self._unfinished = handle
@@ -234,7 +216,7 @@ class Checkpointer:
             handle.bytes = snapshot.blueprint.plan.state_bytes
             request = SaveRequest(snapshot, handle, training, began_s)
             # The step by which the save happens: before it nobody writes, after it somebody does.
-            self._keeper.put(functools.partial(self._writer.write, request))
+            self._keeper.put(functools.partial(self._directory.write, request))
             self._last_step = handle.step
             self._log.add(handle)
         self._unfinished = None
@@ -255,13 +237,13 @@ class Checkpointer:
             CorruptBackupError: If there is one, but it cannot be read.
         """
         self._check_usable()
-        backup, lost = self._keeper.call(
-            lambda: restore_newest(self._store, self._protocol, self._helpers)
-        )
+        found, lost = self._keeper.call(self._directory.restore)
         if lost:
             warnings.warn(lost, stacklevel=2)
-        self._last_step = -1 if backup is None else backup.step
-        return backup
+        self._last_step = -1 if found is None else found.step
+        if found is None:
+            return None
+        return Backup(found.step, found.state, found.metadata)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
@@ -293,7 +275,7 @@ class Checkpointer:
         return self._log.stats(
             arena_count=self._capture.arena_count,
             arena_bytes=self._capture.arena_bytes,
-            writer=self._writer_name,
+            writer=self._directory.writer_name,
         )
 
     def close(self, *, delete_backup: bool = False) -> None:
@@ -306,8 +288,8 @@ class Checkpointer:
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.
         """
-        if not self._lock.is_held:  # closed already; or in a forked child: the parent's to end
-            self._lock.release()
+        if not self._directory.is_held:  # closed already; or in a forked child: the parent's to end
+            self._directory.release()
             return
         self._settle()
         # Closing goes on if its caller is interrupted. Called again it finds nothing to do.
@@ -320,18 +302,16 @@ class Checkpointer:
 
     def _shut(self, *, delete_backup: bool) -> None:
         """Ends everything; saves in flight come before it in the keeper's queue."""
-        if not self._lock.is_held:
+        if not self._directory.is_held:
             return
         delete_backup = delete_backup and not self._log.last_failed
         try:
             if delete_backup:
-                self._protocol.delete_all()
+                self._directory.delete_backup()
             self._capture.close()
         except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
             self._close_error = e
-        self._lock.release(remove=delete_backup and self._close_error is None)
-        if delete_backup and self._close_error is None:
-            self._store.remove_empty_root()
+        self._directory.release(remove=delete_backup and self._close_error is None)
         self._end_threads()
 
     def _end_threads(self) -> None:
@@ -355,8 +335,8 @@ class Checkpointer:
             error.add_note(f"stepsave: {e}")  # never hide the error that ends the loop
 
     def __del__(self) -> None:
-        lock = getattr(self, "_lock", None)
-        if lock is None or not lock.is_held:
+        directory = getattr(self, "_directory", None)
+        if directory is None or not directory.is_held:
             return
         # The next user must not find a save still being written.
         self._keeper.call(lambda: self._shut(delete_backup=False))
@@ -369,15 +349,7 @@ class Checkpointer:
         )
 
     def _check_usable(self) -> None:
-        if self.closed:
-            raise CheckpointerClosedError(
-                f"The checkpointer of {self._store.root} is closed. Make a new one."
-            )
-        if not self._lock.is_held:
-            raise DirectoryBusyError(
-                f"{self._store.root}: this checkpointer belongs to the parent of this forked "
-                "process. Use it there, or make one with another directory."
-            )
+        self._directory.check_held()
         self._settle()
 
     def _settle(self) -> None:

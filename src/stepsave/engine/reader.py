@@ -10,17 +10,17 @@ import numpy as np
 
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
-from stepsave.errors import CorruptBackupError, StepsaveError
+from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
-from stepsave.format.records import DTYPES, Backup, BackupRecord, ChunkSpec, LayoutPlan
-from stepsave.format.tree import unflatten
+from stepsave.format.records import DTYPES, BackupRecord, ChunkSpec, LayoutPlan
+from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import allocate_pages
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
 
-__all__ = ("read_backup", "restore_newest")
+__all__ = ("StoredBackup", "read_backup", "restore_newest")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -39,9 +39,26 @@ class _Shard:
     digest: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredBackup:
+    """A backup as it is on disk.
+
+    Attributes:
+        step: Its step.
+        metadata: Its metadata.
+        flat: Its state as it was saved, flat.
+        state: The same with NumPy arrays, in dicts, lists and tuples.
+    """
+
+    step: int
+    metadata: dict[str, Any]
+    flat: FlatState
+    state: Any
+
+
 def restore_newest(
     store: LocalStore, protocol: CommitProtocol, helpers: Crew
-) -> tuple[Backup | None, str]:
+) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
     Falls back whatever the error, and tells the protocol so.
@@ -91,7 +108,7 @@ def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     return wrapped
 
 
-def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backup:
+def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
     Sizes of all files are checked before memory is allocated.
@@ -128,9 +145,19 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backu
 
     helpers.share(range(plan.shard_count), read, helpers=_READ_THREADS - 1)
     leaves = _assemble(plan, [shards[number] for number in range(plan.shard_count)])
+    paths = [leaf.path for leaf in plan.leaves]
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
-    state = unflatten([leaf.path for leaf in plan.leaves], leaves)
-    return Backup(record.step, state, training["metadata"])
+    try:
+        notes = decode_structure(training.get("structure"))
+        state = unflatten(paths, leaves, notes)
+    except FormatVersionError as e:
+        raise FormatVersionError(f"{store.path(record.directory)}/{TRAINING_PATH}: {e}") from e
+    except (ValueError, TypeError, LookupError) as e:
+        raise CorruptBackupError(
+            f"{store.path(record.directory)}/{TRAINING_PATH}: expected a structure that fits the "
+            f"arrays, found {e!r}. {_ADVICE}"
+        ) from e
+    return StoredBackup(record.step, training["metadata"], FlatState(paths, leaves, notes), state)
 
 
 def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:
