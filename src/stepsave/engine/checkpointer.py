@@ -19,6 +19,7 @@ from stepsave.engine.arguments import (
     encode_training,
 )
 from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.likeness import fit_to
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
@@ -224,17 +225,26 @@ class Checkpointer:
         self._log.add_cost(handle)
         return handle
 
-    def restore(self) -> Backup | None:
+    def restore(self, *, like: Any = None) -> Backup | None:
         """Reads the newest valid backup, verified; waits for saves in flight first.
 
         If it cannot be read and the one before it is kept, that is returned, with a
         warning that names what is lost.
+
+        Args:
+            like: A state like the one that was saved. The backup's is returned in its structure
+                (named tuples, PRNG keys, registered containers), each array of the kind that it
+                has there: NumPy's; JAX's with its sharding; torch's on its device, a parameter if
+                it is one, requiring a gradient if it does; TensorFlow's on its device, a variable
+                if it is one. It is not changed. None for NumPy arrays in Python's containers.
 
         Returns:
             The backup, or None if there is none.
 
         Raises:
             CorruptBackupError: If there is one, but it cannot be read.
+            BackupMismatchError: If it differs from `like` in paths, shapes or dtypes.
+            InvalidStateError: If `like` could not be saved itself.
         """
         self._check_usable()
         found, lost = self._keeper.call(self._directory.restore)
@@ -243,7 +253,10 @@ class Checkpointer:
         self._last_step = -1 if found is None else found.step
         if found is None:
             return None
-        return Backup(found.step, found.state, found.metadata)
+        # Here, and not by the keeper: where arrays are put may depend on the caller's thread.
+        source = f"{self.directory}, step {found.step}"
+        state = found.state if like is None else fit_to(like, found.flat, source)
+        return Backup(found.step, state, found.metadata)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
