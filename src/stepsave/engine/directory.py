@@ -34,6 +34,7 @@ class BackupDirectory:
         """
         store = self._store
         store.create()
+        self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
         self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
         self._lock.acquire()
