@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 import stepsave
 from stepsave.engine import checkpointer
-from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker, encode_marker
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
+from stepsave.format.marker import decode_marker, encode_marker
 from stepsave.format.records import BackupRecord, FileRecord
 from stepsave.store.local import LocalStore
 

@@ -20,6 +20,7 @@ from stepsave.engine.arguments import (
 )
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.likeness import fit_to
+from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
@@ -60,6 +61,7 @@ class Checkpointer:
         writer: WriterKind = "auto",
         writer_threads: int | None = None,
         snapshot: SnapshotMode = "auto",
+        read_only: bool = False,
     ) -> None:
         """Opens a directory, making it if needed, and locks it against other processes.
 
@@ -77,6 +79,9 @@ class Checkpointer:
                 host while training goes on; `"host"` brings it to the host first; `"auto"`
                 takes the first on accelerators with that much memory to spare, as measured
                 at the first save.
+            read_only: Whether to restore only. Needs no permission to write, and takes no lock:
+                another process may save there meanwhile. The directory must exist; nothing in
+                it is changed.
 
         Raises:
             ValueError: If an argument is invalid.
@@ -96,7 +101,11 @@ class Checkpointer:
         self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
         self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
-        self._directory = BackupDirectory(self._store, self._log, self._helpers)
+        self._directory = (
+            ReadOnlyDirectory(self._store, self._helpers)
+            if read_only
+            else BackupDirectory(self._store, self._log, self._helpers)
+        )
         try:
             self._keeper.call(lambda: self._open(writer, lanes, double_checkpoint))
         except BaseException:
@@ -107,8 +116,9 @@ class Checkpointer:
 
     def _open(self, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
         self._directory.open(writer=writer, lanes=lanes, double_checkpoint=double_checkpoint)
-        if self._directory.committed is not None:
-            self._last_step = self._directory.committed.step
+        committed = self._directory.committed
+        if committed is not None:
+            self._last_step = committed.step
 
     @property
     def directory(self) -> str:
@@ -149,8 +159,10 @@ class Checkpointer:
         Raises:
             InvalidStateError: If it cannot be saved.
             ArenaMemoryError: If there is no memory for a host copy of it.
+            BackupDirectoryError: If the directory was opened to be read only.
         """
         self._check_usable()
+        self._directory.check_writable()
         flat = flatten_state(state, open_leaf)
         self.prepare_leaves(flat.paths, flat.leaves)
 
@@ -176,6 +188,7 @@ class Checkpointer:
             InvalidStateError: If the state or the metadata cannot be saved.
             SaveFailedError: If an *earlier* save failed and nobody was told yet. This save
                 is then not begun; call again to go on.
+            BackupDirectoryError: If the directory was opened to be read only.
             CheckpointerClosedError: After `close`.
         """
         began_s = time.perf_counter()
@@ -203,6 +216,7 @@ class Checkpointer:
         """
         began_s = time.perf_counter() if began_s is None else began_s
         self._check_usable()
+        self._directory.check_writable()
         self.raise_failed()
         step = check_step(step, self._last_step, self.directory)
         training = encode_training(step, metadata, structure)
@@ -245,6 +259,7 @@ class Checkpointer:
             CorruptBackupError: If there is one, but it cannot be read.
             BackupMismatchError: If it differs from `like` in paths, shapes or dtypes.
             InvalidStateError: If `like` could not be saved itself.
+            BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
         self._check_usable()
         found, lost = self._keeper.call(self._directory.restore)

@@ -6,7 +6,7 @@ from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.reader import StoredBackup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
-from stepsave.errors import CheckpointerClosedError, DirectoryBusyError
+from stepsave.errors import BackupDirectoryError, CheckpointerClosedError, DirectoryBusyError
 from stepsave.format.records import BackupRecord
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import DirectoryLock
@@ -36,7 +36,13 @@ class BackupDirectory:
         store.create()
         self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
-        self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
+        try:
+            self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
+        except PermissionError as e:
+            raise BackupDirectoryError(
+                f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "
+                "choose another."
+            ) from e
         self._lock.acquire()
         self._protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
@@ -75,6 +81,9 @@ class BackupDirectory:
                 f"{self._store.root}: this checkpointer belongs to the parent of this forked "
                 "process. Use it there, or make one with another directory."
             )
+
+    def check_writable(self) -> None:
+        """Raises if nothing can be saved here on principle."""
 
     def write(self, request: SaveRequest) -> None:
         """Makes a save durable, or says in its handle why it is not."""

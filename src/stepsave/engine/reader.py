@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
+from stepsave.engine.markers import Markers
 from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
@@ -57,11 +57,11 @@ class StoredBackup:
 
 
 def restore_newest(
-    store: LocalStore, protocol: CommitProtocol, helpers: Crew
+    store: LocalStore, markers: Markers, helpers: Crew
 ) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
-    Falls back whatever the error, and tells the protocol so.
+    Falls back whatever the error, and tells the markers so.
 
     Returns:
         The backup, or None if there never was one; and a text that names what is lost if it is
@@ -70,9 +70,9 @@ def restore_newest(
     Raises:
         CorruptBackupError: If there is one, but none that can be read.
     """
-    protocol.read_markers()
-    newest, previous = protocol.committed, protocol.previous
-    error: Exception | None = protocol.problems.get(COMMIT)
+    markers.read_markers()
+    newest, previous = markers.committed, markers.previous
+    error: Exception | None = markers.problems.get(COMMIT)
     if newest is not None:
         try:
             return read_backup(store, newest, helpers), ""
@@ -93,7 +93,7 @@ def restore_newest(
         return None, ""
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
-    protocol.fall_back()
+    markers.fall_back()
     return backup, (
         f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
         f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
@@ -103,7 +103,8 @@ def restore_newest(
 def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
-    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
+    found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
+    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {found}. {_ADVICE}")
     wrapped.__cause__ = error
     return wrapped
 

@@ -83,7 +83,7 @@ class Fields:
 
 
 Opener = Callable[[Any], "NotedLeaf | Fields | None"]
-"""Says what a value is that is no container of Python's; None for arrays, and what is unknown."""
+"""Says what a value is that is no container of Python's; None for arrays."""
 
 
 def flatten(state: Any) -> tuple[list[Path], list[Any]]:

@@ -16,11 +16,21 @@ __all__ = ("describe", "make_like", "open_leaf", "wrap_key")
 
 
 def open_leaf(value: Any) -> NotedLeaf | Fields | None:
-    """Knows the PRNG keys of JAX, and containers that are registered there; see `tree.Opener`."""
+    """Knows the PRNG keys of JAX, and containers that are registered there; see `tree.Opener`.
+
+    Raises:
+        InvalidStateError: If a value is neither that nor an array.
+    """
     backend = backend_of(value)
-    if backend not in ("", "jax") or "jax" not in sys.modules:
+    if backend not in ("", "jax"):
         return None
-    return _module("jax").open_leaf(value)
+    opened = _module("jax").open_leaf(value) if "jax" in sys.modules else None
+    if opened is None and not backend:
+        raise InvalidStateError(
+            "expected an array, a number, None, or a container that Python has or JAX knows, found "
+            f"{type(value).__name__}. Save a dict of what is in it."
+        )
+    return opened
 
 
 def describe(leaf: Any) -> ArrayForm:

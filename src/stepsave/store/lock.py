@@ -15,9 +15,13 @@ from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 
-__all__ = ("LOCK_NAME", "DirectoryLock")
+__all__ = ("LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock")
 
 LOCK_NAME = "LOCK"
+READ_ONLY_ADVICE = (
+    "To read a backup from it, use `stepsave.restore(directory)` or `Checkpointer(directory, "
+    "read_only=True)`."
+)
 
 _held: set[Path] = set()
 _held_guard = threading.Lock()
@@ -68,7 +72,8 @@ class DirectoryLock:
         except OSError as e:
             raise BackupDirectoryError(
                 f"{self._directory}: cannot write to the backup directory: cannot open "
-                f"{LOCK_NAME} in it: {e.strerror}. Make it writable or choose another."
+                f"{LOCK_NAME} in it: {e.strerror}. Make it writable or choose another. "
+                f"{READ_ONLY_ADVICE}"
             ) from e
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
