@@ -188,7 +188,8 @@ def _find_kind(value: Any, at: Path, open_leaf: Opener | None) -> str:
     elif isinstance(value, (str, bytes, bytearray, set, frozenset)):
         raise InvalidStateError(
             f"State {'/'.join(at)!r}: expected an array, a number, None, or a dict, list or tuple "
-            f"of them, found {type(cast('object', value)).__name__}. Put texts into the metadata."
+            f"of them, found {type(cast('object', value)).__name__}. Put texts into the "
+            "metadata, and make a list of a set."
         )
     else:
         try:
