@@ -55,12 +55,21 @@ def assert_is_state_of(backup):
 
 
 def assert_same_bits(found, expected, at="state"):
-    """Compares nested dicts of arrays: keys in order, dtypes, shapes, bytes."""
+    """Compares trees of arrays: containers, keys in order, dtypes, shapes, bytes."""
     if isinstance(expected, dict):
         assert list(found) == list(expected), at
+        assert list(map(type, found)) == list(map(type, expected)), at
         for key in expected:
             assert_same_bits(found[key], expected[key], f"{at}[{key!r}]")
         return
+    if isinstance(expected, (list, tuple)):
+        assert type(found) is type(expected), at
+        assert len(found) == len(expected), at
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_bits(one, other, f"{at}[{number}]")
+        return
+    if expected is None or type(expected) in (bool, int, float, complex):
+        assert type(found) is type(expected), at
     expected = np.asarray(expected)
     found = np.asarray(found)
     assert found.dtype == expected.dtype, at

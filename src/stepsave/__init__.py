@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.restoring import restore
 from stepsave.engine.saves import SaveHandle
 from stepsave.errors import (
     ArenaMemoryError,
@@ -50,6 +51,7 @@ __all__ = (
     "StepsaveError",
     "TrainingPosition",
     "UnreproducibleDataWarning",
+    "restore",
     "rng",
 )
 

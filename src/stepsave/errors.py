@@ -6,7 +6,7 @@
     │   └── DirectoryBusyError                 … because somebody else uses it
     ├── CorruptBackupError      (ValueError)   what is on disk does not prove itself
     │   └── FormatVersionError                 … because a newer stepsave wrote it
-    ├── BackupMismatchError     (ValueError)   a valid backup, but of another model
+    ├── BackupMismatchError     (ValueError)   a valid backup, but of another model or state
     ├── SaveFailedError         (RuntimeError) a save failed in the background
     ├── ArenaMemoryError        (MemoryError)  no room for the host copy of the state
     ├── CheckpointerClosedError (RuntimeError) used after `close()`
@@ -68,7 +68,7 @@ class FormatVersionError(CorruptBackupError):
 
 
 class BackupMismatchError(StepsaveError, ValueError):
-    """Raised when a valid backup does not fit the model that should receive it."""
+    """Raised when a valid backup does not fit the model or the state that should receive it."""
 
 
 class SaveFailedError(StepsaveError, RuntimeError):

@@ -114,8 +114,8 @@ def test_a_changed_structure_is_compiled_anew_and_restored_right(tmp_path, caplo
 
 
 def restored_by_another_reader(directory):
-    from stepsave.engine.commit import decode_marker
     from stepsave.engine.reader import read_backup
+    from stepsave.format.marker import decode_marker
 
     record = decode_marker((directory / "COMMIT").read_bytes(), "COMMIT")
     return read_backup(LocalStore(directory), record, Crew(1, "test")).state

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 import stepsave
 from stepsave.engine import checkpointer
-from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker, encode_marker
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
+from stepsave.format.marker import decode_marker, encode_marker
 from stepsave.format.records import BackupRecord, FileRecord
 from stepsave.store.local import LocalStore
 
@@ -298,6 +299,86 @@ def test_a_foreign_file_put_inside_survives_saves_and_changes_of_layout(tmp_path
     kept = [path for path in tmp_path.rglob("notes.txt") if path.read_text() == "precious"]
     assert len(kept) == 1
     assert_is_state_of(restore_once(tmp_path))
+
+
+JUNK = {
+    "lost+found": None,
+    ".snapshot": None,
+    ".DS_Store": b"Finder",
+    "Thumbs.db": b"Explorer",
+    "desktop.ini": b"Explorer",
+    ".ipynb_checkpoints/layout.json": b"Jupyter",
+    ".Trash-1000/files/index": b"a desktop",
+    ".nfs00000000deadbeef00000001": b"removed while open",
+}
+
+
+def put_junk(directory):
+    for name, data in JUNK.items():
+        path = directory / name
+        (path if data is None else path.parent).mkdir(parents=True, exist_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+
+
+def junk_in(directory):
+    """The junk that is there, with its contents."""
+    return {
+        name: (directory / name).read_bytes() if data is not None else None
+        for name, data in JUNK.items()
+        if (directory / name).exists()
+    }
+
+
+def test_junk_beside_a_backup_neither_refuses_the_directory_nor_is_it_removed(tmp_path):
+    put_junk(tmp_path)
+    for step in (1, 2, 3):
+        save_once(tmp_path, state_of(step), step=step)
+    assert_is_state_of(restore_once(tmp_path))
+    assert junk_in(tmp_path) == JUNK
+    with stepsave.Checkpointer(tmp_path) as saver:
+        saver.close(delete_backup=True)
+    assert sorted(os.listdir(tmp_path)) == sorted({name.split("/")[0] for name in JUNK})
+    assert junk_in(tmp_path) == JUNK
+    save_once(tmp_path, state_of(4), step=4)
+    assert_is_state_of(restore_once(tmp_path))
+
+
+@pytest.mark.parametrize("places", [["3"], [SPARE], ["3", SPARE], ["2", "3"], ["3/pytree/d/c"]])
+def test_junk_within_a_backup_stays_and_the_next_training_saves_all_the_same(tmp_path, places):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+        for place in places:
+            put_junk(tmp_path / place)
+        saver.close(delete_backup=True)
+    for place in places:
+        assert junk_in(tmp_path / place) == JUNK
+    for step in (4, 5, 6):  # opened anew each time
+        save_once(tmp_path, state_of(step, leaves=step), step=step)
+        assert_is_state_of(restore_once(tmp_path))
+    found = [path for path in tmp_path.rglob(".DS_Store") if path.read_bytes() == b"Finder"]
+    assert len(found) == len(places)
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_a_directory_that_may_not_be_removed_is_left_empty(tmp_path, monkeypatch):
+    """A volume that was mounted for the training, below a directory of root's."""
+    for code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        saver = stepsave.Checkpointer(tmp_path)
+        saver.save(1, state_of(1)).wait()
+        assert_is_state_of(saver.restore())
+        real = os.rmdir
+
+        def rmdir(path, code=code, real=real):
+            if Path(path) == tmp_path:
+                raise OSError(code, os.strerror(code), str(path))
+            real(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", rmdir)
+            saver.close(delete_backup=True)
+        assert os.listdir(tmp_path) == []
 
 
 def fail_once(monkeypatch, operation, number=1):

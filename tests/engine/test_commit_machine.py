@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import stepsave
 from stepsave.engine import checkpointer
-from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, decode_marker
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.engine.reader import read_backup
 from stepsave.format import layout
+from stepsave.format.marker import decode_marker
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
 

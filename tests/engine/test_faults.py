@@ -228,6 +228,24 @@ def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_i
     assert_is_state_of(restore_once(tmp_path))
 
 
+def test_one_that_was_refused_in_a_process_leaves_its_lock_in_place(tmp_path):
+    """The kernel drops a lock as soon as its process closes any descriptor of the file."""
+    script = """
+import sys, stepsave
+try:
+    stepsave.Checkpointer(sys.argv[1]).close()
+except stepsave.DirectoryBusyError as e:
+    print(e)
+"""
+    with stepsave.Checkpointer(tmp_path) as saver:
+        with pytest.raises(stepsave.DirectoryBusyError, match="of this process"):
+            stepsave.Checkpointer(tmp_path)
+        assert f"pid {os.getpid()}" in check_python(script, tmp_path)
+        saver.save(1, state_of(1)).wait()
+    assert check_python(script, tmp_path) == ""
+    assert_is_state_of(restore_once(tmp_path))
+
+
 def test_a_forked_child_is_refused_and_the_parent_unharmed(tmp_path):
     check_python(
         HEAD

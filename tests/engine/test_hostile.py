@@ -23,8 +23,8 @@ from engine_support import (
 )
 
 import stepsave
-from stepsave.engine.commit import decode_marker
 from stepsave.errors import CorruptBackupError, FormatVersionError
+from stepsave.format.marker import decode_marker
 
 STATE = {
     "a": random_array((90, 200), "float32"),

@@ -86,6 +86,23 @@ def test_stock_orbax_reads_the_whole_state(tmp_path, restore):
         assert_same_bits(np.asarray(array), expected[path], str(path))
 
 
+@pytest.mark.parametrize("restore", [restore_v0, restore_v1], ids=["v0", "v1"])
+def test_stock_readers_find_lists_and_integer_keys_by_their_standard_names(tmp_path, restore):
+    state = {"a": [np.arange(3), (np.ones(2),)], 7: {"b": np.zeros(4)}, "empty": {}, "none": None}
+    save_once(tmp_path, state, step=12)
+    expected = {
+        ("a", "0"): state["a"][0],
+        ("a", "1", "0"): state["a"][1][0],
+        ("7", "b"): state[7]["b"],
+    }
+    for path, array in expected.items():
+        assert_same_bits(stock_read(tmp_path / "12", path), array, str(path))
+    found = dict(flat(restore(tmp_path / "12")))
+    assert set(found) == set(expected)
+    for path, array in found.items():
+        assert_same_bits(np.asarray(array), expected[path], str(path))
+
+
 def test_stock_orbax_finds_the_step_beside_our_files(tmp_path):
     with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
         for step in (3, 7, 9):

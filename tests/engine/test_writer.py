@@ -57,7 +57,7 @@ def test_saves_become_durable_in_their_order(tmp_path):
         for number, handle in enumerate(handles):
             handle.wait()
             assert all(earlier.done for earlier in handles[:number])
-            assert saver._protocol.committed.step >= number
+            assert saver._directory.committed.step >= number
     assert_is_state_of(restore_once(tmp_path))
 
 

@@ -272,3 +272,23 @@ def test_only_an_empty_directory_is_removed(store):
     assert store.remove_empty_directory("a/b")
     assert store.remove_empty_directory("a/b")
     assert store.list("a") == []
+
+
+def test_a_directory_is_looked_for_without_making_it(tmp_path):
+    LocalStore(tmp_path).check_directory()
+    with pytest.raises(BackupDirectoryError, match=f"{tmp_path}/x: .*found: No such file"):
+        LocalStore(tmp_path / "x").check_directory()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_probe_leaves_nothing_and_says_what_is_wrong(store, monkeypatch):
+    store.probe()
+    assert store.list() == []
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        store.probe()
+    assert store.list() == []

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from stepsave.store.lock import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
+lock.reserve()
 lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
@@ -26,6 +27,7 @@ from stepsave.errors import DirectoryBusyError
 from stepsave.store.lock import DirectoryLock
 try:
     lock = DirectoryLock(Path(sys.argv[1]))
+    lock.reserve()
     lock.acquire()
     lock.release()
     print("free")
@@ -36,6 +38,7 @@ except DirectoryBusyError as e:
 
 def taken(directory):
     lock = DirectoryLock(directory)
+    lock.reserve()
     lock.acquire()
     return lock
 
@@ -95,6 +98,7 @@ import os, sys, time
 from pathlib import Path
 from stepsave.store.lock import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
+lock.reserve()
 lock.acquire()
 reader, writer = os.pipe()
 child = os.fork()

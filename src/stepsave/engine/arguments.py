@@ -11,8 +11,16 @@ from typing import Any
 
 from stepsave.errors import BackupDirectoryError, InvalidStateError
 from stepsave.format.records import FORMAT_VERSION
+from stepsave.format.tree import Note, encode_structure
 
-__all__ = ("check_choice", "check_directory", "check_step", "check_threads", "encode_training")
+__all__ = (
+    "StructureText",
+    "check_choice",
+    "check_directory",
+    "check_step",
+    "check_threads",
+    "encode_training",
+)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -59,17 +67,40 @@ def check_step(step: int, last_step: int, directory: str) -> int:
     return step
 
 
-def encode_training(step: int, metadata: Mapping[str, Any] | None) -> bytes:
+def encode_training(step: int, metadata: Mapping[str, Any] | None, structure: str = "") -> bytes:
     """Returns the contents of `training.json`.
+
+    Args:
+        step: Number of the step.
+        metadata: The user's.
+        structure: What `tree.encode_structure` made.
 
     Raises:
         InvalidStateError: If JSON cannot hold the metadata.
     """
     try:
         document = {"format": FORMAT_VERSION, "step": step, "metadata": dict(metadata or {})}
-        return json.dumps(document, allow_nan=False).encode()
+        text = json.dumps(document, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise InvalidStateError(
             f"Invalid value for argument `metadata`. Expected what JSON can hold (strings, "
             f"finite numbers, booleans, None, lists, dicts), found: {e}."
         ) from e
+    if structure:
+        text = f'{text[:-1]}, "structure": {structure}}}'
+    return text.encode()
+
+
+class StructureText:
+    """The structure of the last state as JSON, encoded anew only when it changes."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Sequence[Note], str] = (), ""  # one object: both change in one step
+
+    def encode(self, notes: Sequence[Note]) -> str:
+        """Returns what `tree.encode_structure` makes of the notes."""
+        last, text = self._last
+        if notes != last:
+            text = encode_structure(notes)
+            self._last = notes, text
+        return text

@@ -11,40 +11,32 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from stepsave.engine.arguments import (
+    StructureText,
     check_choice,
     check_directory,
     check_step,
     check_threads,
     encode_training,
 )
-from stepsave.engine.commit import CommitProtocol
-from stepsave.engine.reader import restore_newest
+from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.likeness import fit_to
+from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.saves import SaveHandle, SaveLog
-from stepsave.engine.writer import (
-    DEFAULT_LANES,
-    SaveRequest,
-    Writer,
-    WriterKind,
-    choose_direct,
-    start_threads,
-)
-from stepsave.errors import (
-    CheckpointerClosedError,
-    DirectoryBusyError,
-    NestedCallError,
-    StepsaveError,
-)
+from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
+from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
-from stepsave.format.tree import flatten
+from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
+from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.local import LocalStore
-from stepsave.store.lock import DirectoryLock
 from stepsave.threads import is_running
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
 WhenBusy = Literal["wait", "skip"]
+
+_NOT_CLOSED = "stepsave: the checkpointer of {} was not closed. Use it in a `with` statement or call `close()`."
 
 
 class Checkpointer:
@@ -71,11 +63,12 @@ class Checkpointer:
         writer: WriterKind = "auto",
         writer_threads: int | None = None,
         snapshot: SnapshotMode = "auto",
+        read_only: bool = False,
     ) -> None:
         """Opens a directory, making it if needed, and locks it against other processes.
 
         Args:
-            directory: Where the backup lives. Its own: nothing else may be in it.
+            directory: Where the backup lives. Its own, but for `lost+found` and the like.
             double_checkpoint: Whether to keep the backup before the newest valid too, to
                 fall back to if the newest cannot be read. Takes its size on disk once more.
             when_busy: What `save` does while both host buffers are still in use: `"wait"`
@@ -88,6 +81,9 @@ class Checkpointer:
                 host while training goes on; `"host"` brings it to the host first; `"auto"`
                 takes the first on accelerators with that much memory to spare, as measured
                 at the first save.
+            read_only: Whether to restore only. Needs no permission to write, and takes no lock:
+                another process may save there meanwhile. The directory must exist; nothing in
+                it is changed.
 
         Raises:
             ValueError: If an argument is invalid.
@@ -104,31 +100,27 @@ class Checkpointer:
         self._last_step = -1
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
+        self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
         self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
-        self._lock = DirectoryLock(self._store.root)
+        self._directory = (
+            ReadOnlyDirectory(self._store, self._helpers)
+            if read_only
+            else BackupDirectory(self._store, self._log, self._helpers)
+        )
         try:
             self._keeper.call(lambda: self._open(writer, lanes, double_checkpoint))
         except BaseException:
             # Behind the opening, which goes on if only its caller was interrupted.
-            self._keeper.call(self._lock.release)
+            self._keeper.call(self._directory.release)
             self._end_threads()
             raise
 
     def _open(self, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
-        store = self._store
-        store.create()
-        # Before the lock file is made: a directory that is refused must stay as it was.
-        self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
-        self._lock.acquire()
-        self._protocol.read_markers()  # as they are now that nobody else can change them
-        if self._protocol.committed is not None:
-            self._last_step = self._protocol.committed.step
-        direct = choose_direct(store, writer)
-        self._writer_name = "direct" if direct else "tensorstore"
-        self._writer = Writer(
-            store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
-        )
+        self._directory.open(writer=writer, lanes=lanes, double_checkpoint=double_checkpoint)
+        committed = self._directory.committed
+        if committed is not None:
+            self._last_step = committed.step
 
     @property
     def directory(self) -> str:
@@ -139,17 +131,17 @@ class Checkpointer:
     def committed(self) -> BackupRecord | None:
         """The newest valid backup; waits for saves in flight."""
         self.drain()
-        return self._protocol.committed
+        return self._directory.committed
 
     @property
     def previous(self) -> BackupRecord | None:
         """The backup before it, if `double_checkpoint` keeps one; waits likewise."""
         self.drain()
-        return self._protocol.previous
+        return self._directory.previous
 
     @property
     def closed(self) -> bool:
-        return self._lock.is_released
+        return self._directory.is_released
 
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
         """Sets constant texts to store with every backup from now on.
@@ -160,7 +152,7 @@ class Checkpointer:
         """
         self._capture.attach(items)
 
-    def prepare(self, state: Mapping[str, Any]) -> None:
+    def prepare(self, state: Any) -> None:
         """Does ahead what the first save would have to do: layout, buffers, their pages.
 
         Args:
@@ -169,24 +161,25 @@ class Checkpointer:
         Raises:
             InvalidStateError: If it cannot be saved.
             ArenaMemoryError: If there is no memory for a host copy of it.
+            BackupDirectoryError: If the directory was opened to be read only.
         """
         self._check_usable()
-        paths, leaves = flatten(state)
-        self.prepare_leaves(paths, leaves)
+        self._directory.check_writable()
+        flat = flatten_state(state, open_leaf)
+        self.prepare_leaves(flat.paths, flat.leaves)
 
     def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
         """`prepare`, for a state that is flat already."""
         self._capture.prepare(paths, leaves)
 
-    def save(
-        self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> SaveHandle:
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Copies the state and returns; background threads make it durable.
 
         Args:
             step: Number of the step, greater than that of any save before.
-            state: Nested dict of NumPy, JAX, torch or TensorFlow arrays, or numbers. On
-                return it may be changed or donated.
+            state: NumPy, JAX, torch or TensorFlow arrays, numbers and None in dicts (with texts
+                or integers as keys), lists, tuples, named tuples, and containers that are
+                registered with JAX by name. On return it may be changed or donated.
             metadata: Anything that JSON can hold; comes back with the backup.
 
         Returns:
@@ -197,12 +190,16 @@ class Checkpointer:
             InvalidStateError: If the state or the metadata cannot be saved.
             SaveFailedError: If an *earlier* save failed and nobody was told yet. This save
                 is then not begun; call again to go on.
+            BackupDirectoryError: If the directory was opened to be read only.
             CheckpointerClosedError: After `close`.
         """
         began_s = time.perf_counter()
         self._check_usable()
-        paths, leaves = flatten(state)
-        return self.save_leaves(step, paths, leaves, metadata, began_s=began_s)
+        flat = flatten_state(state, open_leaf)
+        structure = self._structure.encode(flat.notes)
+        return self.save_leaves(
+            step, flat.paths, flat.leaves, metadata, began_s=began_s, structure=structure
+        )
 
     def save_leaves(
         self,
@@ -212,17 +209,19 @@ class Checkpointer:
         metadata: Mapping[str, Any] | None = None,
         *,
         began_s: float | None = None,
+        structure: str = "",
     ) -> SaveHandle:
         """`save`, for a state that is flat already.
 
         The same object as `paths` again saves the comparison. `began_s` says when the caller
-        began, by `time.perf_counter`.
+        began, by `time.perf_counter`; `structure` what paths cannot say, as JSON.
         """
         began_s = time.perf_counter() if began_s is None else began_s
         self._check_usable()
+        self._directory.check_writable()
         self.raise_failed()
         step = check_step(step, self._last_step, self.directory)
-        training = encode_training(step, metadata)
+        training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
         # Interrupted from here on, the save is left behind, and the next call settles it.
         self._unfinished = handle
@@ -234,7 +233,7 @@ class Checkpointer:
             handle.bytes = snapshot.blueprint.plan.state_bytes
             request = SaveRequest(snapshot, handle, training, began_s)
             # The step by which the save happens: before it nobody writes, after it somebody does.
-            self._keeper.put(functools.partial(self._writer.write, request))
+            self._keeper.put(functools.partial(self._directory.write, request))
             self._last_step = handle.step
             self._log.add(handle)
         self._unfinished = None
@@ -242,26 +241,39 @@ class Checkpointer:
         self._log.add_cost(handle)
         return handle
 
-    def restore(self) -> Backup | None:
+    def restore(self, *, like: Any = None) -> Backup | None:
         """Reads the newest valid backup, verified; waits for saves in flight first.
 
         If it cannot be read and the one before it is kept, that is returned, with a
         warning that names what is lost.
+
+        Args:
+            like: A state like the one that was saved. The backup's is returned in its structure
+                (named tuples, PRNG keys, registered containers), each array of the kind that it
+                has there: NumPy's; JAX's with its sharding; torch's on its device, a parameter if
+                it is one, requiring a gradient if it does; TensorFlow's on its device, a variable
+                if it is one. It is not changed. None for NumPy arrays in Python's containers.
 
         Returns:
             The backup, or None if there is none.
 
         Raises:
             CorruptBackupError: If there is one, but it cannot be read.
+            BackupMismatchError: If it differs from `like` in paths, shapes or dtypes.
+            InvalidStateError: If `like` could not be saved itself.
+            BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
         self._check_usable()
-        backup, lost = self._keeper.call(
-            lambda: restore_newest(self._store, self._protocol, self._helpers)
-        )
+        found, lost = self._keeper.call(self._directory.restore)
         if lost:
             warnings.warn(lost, stacklevel=2)
-        self._last_step = -1 if backup is None else backup.step
-        return backup
+        self._last_step = -1 if found is None else found.step
+        if found is None:
+            return None
+        # Here, and not by the keeper: where arrays are put may depend on the caller's thread.
+        source = f"{self.directory}, step {found.step}"
+        state = found.state if like is None else fit_to(like, found.flat, source)
+        return Backup(found.step, state, found.metadata, found.ended)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
@@ -289,11 +301,11 @@ class Checkpointer:
         return len(self._log.in_flight)
 
     def stats(self) -> SaveStats:
-        """Sums up what saving has cost so far; medians are over the last 1000 saves."""
+        """Sums up what saving has cost; medians are over the last 1000 saves."""
         return self._log.stats(
             arena_count=self._capture.arena_count,
             arena_bytes=self._capture.arena_bytes,
-            writer=self._writer_name,
+            writer=self._directory.writer_name,
         )
 
     def close(self, *, delete_backup: bool = False, ended: bool = False) -> None:
@@ -302,17 +314,17 @@ class Checkpointer:
         Args:
             delete_backup: Whether to remove the backup, and the directory if nothing else
                 is in it. If a save failed, everything is kept.
-            ended: Whether to note with the backup that its training has come to its end: what
-                `Backup.ended` says after a restore. Not if a save failed.
+            ended: Whether to note with the backup that its training has come to its end
+                (`Backup.ended`), unless a save failed.
 
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.
         """
-        if not self._lock.is_held:  # closed already; or in a forked child: the parent's to end
-            self._lock.release()
+        if not self._directory.is_held:  # closed already; or the parent's of a forked child
+            self._directory.release()
             return
         self._settle()
-        # Closing goes on if its caller is interrupted. Called again it finds nothing to do.
+        # Closing goes on if its caller is interrupted.
         self._keeper.call(lambda: self._shut(delete_backup=delete_backup, ended=ended))
         for crew in (self._keeper, self._helpers):
             crew.join()
@@ -322,20 +334,18 @@ class Checkpointer:
 
     def _shut(self, *, delete_backup: bool = False, ended: bool = False) -> None:
         """Ends everything; saves in flight come before it in the keeper's queue."""
-        if not self._lock.is_held:
+        if not self._directory.is_held:
             return
         delete_backup = delete_backup and not self._log.last_failed
         try:
             if delete_backup:
-                self._protocol.delete_all()
+                self._directory.delete_backup()
             elif ended and not self._log.last_failed:
-                self._protocol.mark_ended()
+                self._directory.mark_ended()
             self._capture.close()
         except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
             self._close_error = e
-        self._lock.release(remove=delete_backup and self._close_error is None)
-        if delete_backup and self._close_error is None:
-            self._store.remove_empty_directory("")
+        self._directory.release(remove=delete_backup and self._close_error is None)
         self._end_threads()
 
     def _end_threads(self) -> None:
@@ -359,29 +369,15 @@ class Checkpointer:
             error.add_note(f"stepsave: {e}")  # never hide the error that ends the loop
 
     def __del__(self) -> None:
-        lock = getattr(self, "_lock", None)
-        if lock is None or not lock.is_held:
+        directory = getattr(self, "_directory", None)
+        if directory is None or not directory.is_held:
             return
         # The next user must not find a save still being written.
         self._keeper.call(self._shut)
-        warnings.warn(
-            f"stepsave: the checkpointer of {self._store.root} was not closed. Use it in "
-            "a `with` statement or call `close()`.",
-            ResourceWarning,
-            stacklevel=1,
-            source=self,
-        )
+        warnings.warn(_NOT_CLOSED.format(self._store.root), ResourceWarning, 1, source=self)
 
     def _check_usable(self) -> None:
-        if self.closed:
-            raise CheckpointerClosedError(
-                f"The checkpointer of {self._store.root} is closed. Make a new one."
-            )
-        if not self._lock.is_held:
-            raise DirectoryBusyError(
-                f"{self._store.root}: this checkpointer belongs to the parent of this forked "
-                "process. Use it there, or make one with another directory."
-            )
+        self._directory.check_held()
         self._settle()
 
     def _settle(self) -> None:

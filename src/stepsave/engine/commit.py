@@ -28,15 +28,16 @@ from stepsave.engine.known_files import (
     TRAINING_PATH,
     refuse_foreign,
     remove_known,
+    without_junk,
 )
-from stepsave.errors import CorruptBackupError
+from stepsave.engine.markers import Markers
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
-from stepsave.format.marker import MARKER_LIMIT_BYTES, decode_marker, encode_marker
+from stepsave.format.marker import encode_marker
 from stepsave.format.records import BackupRecord, FileRecord
 from stepsave.store.local import LocalStore
 
-__all__ = ("CommitProtocol", "Problem")
+__all__ = ("CommitProtocol",)
 
 _logger = logging.getLogger("stepsave")
 
@@ -44,11 +45,8 @@ _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 _CHANGING = (TRAINING_PATH, _CHECKPOINT_METADATA)
 """The files that are written anew by each save, beside the shards."""
 
-Problem = CorruptBackupError | OSError
-"""Why a marker cannot be read."""
 
-
-class CommitProtocol:
+class CommitProtocol(Markers):
     """The backups in one directory. Used by one thread at a time."""
 
     def __init__(self, store: LocalStore, *, double_checkpoint: bool) -> None:
@@ -57,33 +55,13 @@ class CommitProtocol:
         Raises:
             BackupDirectoryError: If the directory holds something foreign.
         """
-        self._store = store
+        super().__init__(store)
         self._double = double_checkpoint
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
         self._collected = False
         self._begin_ns = 0
-        self.committed: BackupRecord | None = None
-        self.previous: BackupRecord | None = None
-        self.problems: dict[str, Problem] = {}
         self.read_markers()
         refuse_foreign(store, self._kept())
-
-    def read_markers(self) -> None:
-        """Takes from disk which backups are valid; what cannot be read is in `problems`."""
-        found = {name: self._on_disk(name) for name in (COMMIT, PREVIOUS)}
-        self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
-        committed, previous = found.values()
-        self.committed = committed if isinstance(committed, BackupRecord) else None
-        self.previous = previous if isinstance(previous, BackupRecord) else None
-
-    def _on_disk(self, name: str) -> BackupRecord | Problem | None:
-        try:
-            encoded = self._store.read(name, MARKER_LIMIT_BYTES)
-            return decode_marker(encoded, str(self._store.path(name)))
-        except FileNotFoundError:
-            return None
-        except (CorruptBackupError, OSError) as e:
-            return e
 
     def fall_back(self) -> None:
         """Declares the newest backup unreadable: the previous one is the newest now.
@@ -91,9 +69,7 @@ class CommitProtocol:
         Takes effect on disk with the next `begin`, when training has gone on from the
         previous backup; until then nothing is touched, in case the fault passes.
         """
-        assert self.previous is not None
-        self.committed, self.previous = self.previous, None
-        self.problems.pop(COMMIT, None)
+        super().fall_back()
         self._collected = False
 
     def begin(self, blueprint: Blueprint) -> str:
@@ -224,7 +200,7 @@ class CommitProtocol:
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
         # so that at every instant one of the markers names a backup that can be read.
         for name, record in ((COMMIT, self.committed), (PREVIOUS, self.previous)):
-            if self._on_disk(name) != record:
+            if self.on_disk(name) != record:
                 self._set_marker(name, record)
                 self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
@@ -234,6 +210,9 @@ class CommitProtocol:
             if name.isdigit() and name not in kept:
                 _logger.debug("%s: taking in unreferenced backup %s", self._store.root, name)
                 self._remove_backup(SPARE)  # and forget what it held
+                if self._store.exists(SPARE):  # with what is not ours in it
+                    self._remove_backup(name)
+                    continue
                 # Renamed first: a half-removed directory must not look like a backup.
                 self._store.rename(name, SPARE)
         self._collected = True
@@ -262,7 +241,7 @@ class CommitProtocol:
                 return False
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
         expected = {*blueprint.files, *_CHANGING, *shards}
-        return set(self._store.walk(SPARE)) <= expected
+        return set(without_junk(self._store.walk(SPARE))) <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from stepsave.errors import BackupDirectoryError
 from stepsave.format import orbax
@@ -18,6 +18,7 @@ __all__ = (
     "TRAINING_PATH",
     "refuse_foreign",
     "remove_known",
+    "without_junk",
 )
 
 COMMIT = "COMMIT"
@@ -28,6 +29,13 @@ readers take for a step, nor Orbax's temporary suffix, which its managers delete
 
 TRAINING_PATH = "training.json"
 TEMPORARY_NAMES = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
+
+_JUNK = re.compile(
+    r"lost\+found|\.snapshots?|\.DS_Store|Thumbs\.db|desktop\.ini|\.directory"
+    r"|\.ipynb_checkpoints|\.Trash-\d+|\.nfs.*|\.fuse_hidden.*"
+)
+"""What file systems, desktops and notebooks put into any directory. Neither ours nor foreign: it
+is passed over, and left where it is."""
 
 # A shard, or what a killed tensorstore leaves of one: a file that was not yet renamed.
 _SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
@@ -58,7 +66,7 @@ def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
     Raises:
         BackupDirectoryError: Naming what was found.
     """
-    for name in store.list():
+    for name in without_junk(store.list()):
         if name in committed or _is_ours(store, name):
             continue
         raise BackupDirectoryError(
@@ -67,26 +75,33 @@ def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
         )
 
 
+def without_junk(paths: Iterable[str]) -> list[str]:
+    """Returns the paths in which no name is junk."""
+    return [path for path in paths if not any(map(_JUNK.fullmatch, path.split("/")))]
+
+
 def _is_ours(store: LocalStore, name: str) -> bool:
     """Whether stepsave made something, complete or not.
 
     Other tools name directories by digits and put Orbax's files in them; only `layout.json`
     tells a backup of ours. It is removed last, so one that was being removed when the
-    process died has it too, or nothing at all. `spare` is nobody else's name, and may hold
+    process died has it too, or no file at all. `spare` is nobody else's name, and may hold
     any part of a backup.
     """
     if name in (COMMIT, PREVIOUS, *TEMPORARY_NAMES):
         return True
     if name == LOCK_NAME:
         return re.fullmatch(rb"(pid \d+\n)?", store.read(name, _LOCK_LIMIT_BYTES)) is not None
-    if name.startswith(".nfs"):  # a file removed while open, on NFS
-        return True
     if not store.is_directory(name):
         return not store.exists(name)  # removed this moment, by the process that owns it
-    found = store.list(name)
+    found = without_junk(store.list(name))
     if name == SPARE:
         return set(found) <= _KNOWN_FILES | _KNOWN_DIRECTORIES
-    return name.isdecimal() and (not found or orbax.LAYOUT_PATH in found)
+    if not name.isdecimal():
+        return False
+    # What is left of ours where there was junk in it: directories.
+    is_left = set(found) <= _KNOWN_DIRECTORIES and not without_junk(store.walk(name))
+    return is_left or orbax.LAYOUT_PATH in found
 
 
 def remove_known(store: LocalStore, directory: str) -> list[str]:
@@ -94,7 +109,9 @@ def remove_known(store: LocalStore, directory: str) -> list[str]:
     left: list[str] = []
     for name in sorted(store.list(directory), key=lambda name: name == orbax.LAYOUT_PATH):
         path = f"{directory}/{name}"
-        if store.is_directory(path):
+        if _JUNK.fullmatch(name):
+            left.append(path)
+        elif store.is_directory(path):
             left += remove_known(store, path)
         elif name in _KNOWN_FILES or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
             store.remove(path)

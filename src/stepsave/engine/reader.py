@@ -8,19 +8,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
-from stepsave.errors import CorruptBackupError, StepsaveError
+from stepsave.engine.markers import Markers
+from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
-from stepsave.format.records import DTYPES, Backup, BackupRecord, ChunkSpec, LayoutPlan
-from stepsave.format.tree import unflatten
+from stepsave.format.records import DTYPES, BackupRecord, ChunkSpec, LayoutPlan
+from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import allocate_pages
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
 
-__all__ = ("read_backup", "restore_newest")
+__all__ = ("StoredBackup", "read_backup", "restore_newest")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -39,12 +39,31 @@ class _Shard:
     digest: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredBackup:
+    """A backup as it is on disk.
+
+    Attributes:
+        step: Its step.
+        metadata: Its metadata.
+        flat: Its state as it was saved, flat.
+        state: The same with NumPy arrays, in dicts, lists and tuples.
+        ended: Whether its training has come to its end since.
+    """
+
+    step: int
+    metadata: dict[str, Any]
+    flat: FlatState
+    state: Any
+    ended: bool
+
+
 def restore_newest(
-    store: LocalStore, protocol: CommitProtocol, helpers: Crew
-) -> tuple[Backup | None, str]:
+    store: LocalStore, markers: Markers, helpers: Crew
+) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
-    Falls back whatever the error, and tells the protocol so.
+    Falls back whatever the error, and tells the markers so.
 
     Returns:
         The backup, or None if there never was one; and a text that names what is lost if it is
@@ -53,9 +72,9 @@ def restore_newest(
     Raises:
         CorruptBackupError: If there is one, but none that can be read.
     """
-    protocol.read_markers()
-    newest, previous = protocol.committed, protocol.previous
-    error: Exception | None = protocol.problems.get(COMMIT)
+    markers.read_markers()
+    newest, previous = markers.committed, markers.previous
+    error: Exception | None = markers.problems.get(COMMIT)
     if newest is not None:
         try:
             return read_backup(store, newest, helpers), ""
@@ -76,7 +95,7 @@ def restore_newest(
         return None, ""
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
-    protocol.fall_back()
+    markers.fall_back()
     return backup, (
         f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
         f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
@@ -86,12 +105,13 @@ def restore_newest(
 def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
-    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {error!r}. {_ADVICE}")
+    found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
+    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {found}. {_ADVICE}")
     wrapped.__cause__ = error
     return wrapped
 
 
-def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backup:
+def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
     Sizes of all files are checked before memory is allocated.
@@ -128,9 +148,20 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Backu
 
     helpers.share(range(plan.shard_count), read, helpers=_READ_THREADS - 1)
     leaves = _assemble(plan, [shards[number] for number in range(plan.shard_count)])
+    paths = [leaf.path for leaf in plan.leaves]
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
-    state = unflatten([leaf.path for leaf in plan.leaves], leaves)
-    return Backup(record.step, state, training["metadata"], record.ended)
+    try:
+        notes = decode_structure(training.get("structure"))
+        state = unflatten(paths, leaves, notes)
+    except FormatVersionError as e:
+        raise FormatVersionError(f"{store.path(record.directory)}/{TRAINING_PATH}: {e}") from e
+    except (ValueError, TypeError, LookupError) as e:
+        raise CorruptBackupError(
+            f"{store.path(record.directory)}/{TRAINING_PATH}: expected a structure that fits the "
+            f"arrays, found {e!r}. {_ADVICE}"
+        ) from e
+    flat = FlatState(paths, leaves, notes)
+    return StoredBackup(record.step, training["metadata"], flat, state, record.ended)
 
 
 def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:

@@ -24,6 +24,7 @@ from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
 from stepsave.store.local import LocalStore
+from stepsave.store.lock import READ_ONLY_ADVICE
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Crew
 
@@ -158,14 +159,15 @@ def start_threads(directory: str, lanes: int) -> tuple[Crew, Crew]:
 
 def choose_direct(store: LocalStore, writer: WriterKind) -> bool:
     """Returns whether to write with `O_DIRECT`, as asked for or as the file system lets it."""
-    if writer == "tensorstore":
-        return False
     try:
+        if writer == "tensorstore":
+            store.probe()
+            return False
         works = store.can_write_direct()
     except OSError as e:
         raise BackupDirectoryError(
             f"{store.root}: cannot write to the backup directory: {e.strerror or e}. Free space "
-            "on it, mend it, or choose another."
+            f"on it, mend it, or choose another. {READ_ONLY_ADVICE}"
         ) from e
     if writer == "direct" and not works:
         raise BackupDirectoryError(

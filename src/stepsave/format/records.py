@@ -179,13 +179,14 @@ class Backup:
 
     Attributes:
         step: The step that was passed to `save`.
-        state: The nested dict that was passed to `save`, with NumPy arrays as leaves.
+        state: The state that was passed to `save`, with NumPy arrays and Python's numbers as
+            leaves; named tuples, and other containers with named children, are dicts.
         metadata: The metadata that was passed to `save`, as JSON keeps it.
         ended: Whether it was said to be the last of its training, by `close(ended=True)`.
     """
 
     step: int
-    state: dict[str, Any]
+    state: Any
     metadata: dict[str, Any]
     ended: bool = False
 

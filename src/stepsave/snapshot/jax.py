@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepsave.errors import InvalidStateError
+from stepsave.format.tree import Fields, NotedLeaf
 
 _ArrayImpl = type(jnp.zeros(0))
 
@@ -20,8 +21,11 @@ __all__ = (
     "device_name",
     "has_room",
     "is_on_accelerator",
+    "make_like",
     "make_stage",
+    "open_leaf",
     "view_on_host",
+    "wrap_key",
 )
 
 
@@ -72,6 +76,57 @@ def _check(leaf: Any) -> None:
             "a typed PRNG key has no bytes of its own. Save `jax.random.key_data(key)` "
             "and rebuild it with `jax.random.wrap_key_data`."
         )
+
+
+def open_leaf(value: Any) -> NotedLeaf | Fields | None:
+    """Says what a PRNG key or a registered container is; None of arrays and what is unknown.
+
+    Raises:
+        InvalidStateError: If it is a container whose children have no names.
+    """
+    if isinstance(value, jax.Array):
+        if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return None
+        data = jax.random.key_data(value)
+        return NotedLeaf(data, "prng_key", str(jax.random.key_impl(value)))
+    flatten: Any = jax.tree_util.tree_flatten_with_path
+
+    def is_child(node: object) -> bool:
+        return node is not value
+
+    children, structure = flatten(value, is_leaf=is_child)
+    items: dict[str, Any] = {}
+    for path, child in children:
+        if not path:
+            return None  # not registered: a leaf to JAX
+        name = getattr(path[0], "name", getattr(path[0], "key", None))
+        if len(path) != 1 or not isinstance(name, str):
+            raise InvalidStateError(
+                f"expected a container that names its children, found {type(value).__name__}, "
+                f"registered with JAX without names ({path[0]!r}). Register it with keys, or save "
+                "a dict of its children."
+            )
+        items[name] = child
+    return Fields(items, structure.unflatten)
+
+
+def wrap_key(data: jax.Array, implementation: str) -> jax.Array:
+    """Returns the PRNG key that has this data."""
+    return jax.random.wrap_key_data(data, impl=implementation)
+
+
+def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
+    """Returns an array of JAX, laid out over the same devices. The memory is its own.
+
+    Raises:
+        InvalidStateError: If JAX would take it as another dtype.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise InvalidStateError(f"JAX has no {array.dtype} now. Set `jax_enable_x64`.")
+    if like.committed:
+        return jax.device_put(array, like.sharding, may_alias=False)
+    made = jax.device_put(array, may_alias=False)
+    return made if made.sharding == like.sharding else jax.device_put(made, like.sharding)
 
 
 def device_name(leaf: Any) -> str:

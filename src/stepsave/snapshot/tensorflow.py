@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from stepsave.errors import InvalidStateError
 
-__all__ = ("describe", "has_room", "is_on_accelerator", "make_stage", "view_on_host")
+__all__ = ("describe", "has_room", "is_on_accelerator", "make_like", "make_stage", "view_on_host")
 
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
@@ -42,6 +42,15 @@ def _view(leaf: Any) -> np.ndarray[Any, Any]:
 def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
     """Returns shape and dtype of each tensor as it will be on the host."""
     return [(tuple(leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype)) for leaf in leaves]
+
+
+def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
+    """Returns a tensor on the same device; of a variable, a variable."""
+    with tf.device(like.device):
+        tensor: Any = tf.constant(array, dtype=like.dtype)
+        if isinstance(like, tf.Variable):
+            return tf.Variable(tensor, trainable=like.trainable)
+        return tensor
 
 
 def is_on_accelerator(_: Sequence[Any]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
 
-__all__ = ("describe", "has_room", "is_on_accelerator", "make_stage", "view_on_host")
+__all__ = ("describe", "has_room", "is_on_accelerator", "make_like", "make_stage", "view_on_host")
 
 _logger = logging.getLogger("stepsave")
 
@@ -89,6 +89,22 @@ def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]
 @functools.cache
 def _host_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _view(torch.empty(0, dtype=dtype)).dtype
+
+
+def make_like(array: np.ndarray[Any, Any], like: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor on the same device, laid out alike; of a parameter, a parameter."""
+    source = torch.from_numpy(array) if like.dtype not in _BITS else _from_bits(array, like.dtype)
+    made = torch.empty_like(like, requires_grad=False)
+    made.copy_(source)
+    is_asked = like.requires_grad and like.is_leaf
+    if isinstance(like, torch.nn.Parameter):
+        return torch.nn.Parameter(made, requires_grad=is_asked)
+    return made.requires_grad_(is_asked)
+
+
+def _from_bits(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    bits = torch.empty(0, dtype=_BITS[dtype][0]).numpy().dtype
+    return torch.from_numpy(array.view(bits)).view(dtype)
 
 
 def is_on_accelerator(leaves: Sequence[Any]) -> bool:

@@ -58,6 +58,23 @@ class LocalStore:
                 "or move the file away."
             )
 
+    def check_directory(self) -> None:
+        """Makes sure that it is there, and makes nothing.
+
+        Raises:
+            BackupDirectoryError: If it is not, or is a file.
+        """
+        try:
+            if stat.S_ISDIR(os.stat(self.root).st_mode):
+                return
+            found = "a file"
+        except OSError as e:
+            found = e.strerror or str(e)
+        raise BackupDirectoryError(
+            f"{self.root}: expected a backup directory to read, found: {found}. Look for a typing "
+            "error, or mount what is missing."
+        )
+
     def path(self, path: str) -> Path:
         return self.root / path
 
@@ -192,6 +209,18 @@ class LocalStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.root / path)
 
+    def remove_empty_root(self) -> bool:
+        """Removes the directory itself if nothing is in it; tells whether it is gone.
+
+        One that was given to us, a mounted volume say, may lie where we may remove nothing.
+        """
+        try:
+            return self.remove_empty_directory("")
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return False
+            raise
+
     def remove_empty_directory(self, path: str) -> bool:
         """Removes a directory if nothing is in it; tells whether it is gone."""
         try:
@@ -211,6 +240,17 @@ class LocalStore:
         except FileNotFoundError:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def probe(self) -> None:
+        """Writes a file and removes it.
+
+        Raises:
+            OSError: If that cannot be done.
+        """
+        try:
+            self.write(PROBE_NAME, b"")
+        finally:
+            self.remove(PROBE_NAME)
 
     def can_write_direct(self) -> bool:
         """Probes whether this file system takes direct writes, by making one.
@@ -282,6 +322,10 @@ class LocalStore:
             if not stat.S_ISREG(found.st_mode):
                 raise CorruptBackupError(f"{target}: expected a regular file.")
             yield fd, found.st_size
+        except OSError as e:
+            if e.filename is None or isinstance(e.filename, int):
+                e.filename = str(target)  # what reads from descriptors does not know it
+            raise
         finally:
             os.close(fd)
 

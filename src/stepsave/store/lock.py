@@ -15,16 +15,20 @@ from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 
-__all__ = ("LOCK_NAME", "DirectoryLock")
+__all__ = ("LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock")
 
 LOCK_NAME = "LOCK"
+READ_ONLY_ADVICE = (
+    "To read a backup from it, use `stepsave.restore(directory)` or `Checkpointer(directory, "
+    "read_only=True)`."
+)
 
 _held: set[Path] = set()
 _held_guard = threading.Lock()
 
 
 class DirectoryLock:
-    """Holds a directory from `acquire` until `release`, or until the process dies."""
+    """Holds a directory from `reserve` until `release`, or until the process dies."""
 
     def __init__(self, directory: Path) -> None:
         """Takes nothing yet."""
@@ -32,25 +36,35 @@ class DirectoryLock:
         self._path = directory / LOCK_NAME
         self._pid = os.getpid()
         self._fd: int | None = None
+        self._is_reserved = False
         self.is_released = False
 
-    def acquire(self) -> None:
-        """Takes the lock.
+    def reserve(self) -> None:
+        """Takes the directory within this process. Nobody may open the lock file before.
+
+        Closing *any* descriptor of the file would drop the lock that this process may hold.
 
         Raises:
-            DirectoryBusyError: If a live process, this one included, holds it.
-            BackupDirectoryError: If the lock file cannot be used.
+            DirectoryBusyError: If this process holds the directory already.
         """
         with _held_guard:
-            # Before anything is opened: closing *any* descriptor of the file would drop
-            # the lock that this process may already hold.
             if self._directory in _held:
                 raise DirectoryBusyError(
                     f"{self._directory}: another checkpointer of this process uses this "
                     "directory. Close it first, or give each its own directory."
                 )
-            self._fd = self._open()
             _held.add(self._directory)
+            self._is_reserved = True
+
+    def acquire(self) -> None:
+        """Takes the lock of a directory that is reserved.
+
+        Raises:
+            DirectoryBusyError: If another live process holds it.
+            BackupDirectoryError: If the lock file cannot be used.
+        """
+        assert self._is_reserved
+        self._fd = self._open()
 
     def _open(self) -> int:
         try:
@@ -58,7 +72,8 @@ class DirectoryLock:
         except OSError as e:
             raise BackupDirectoryError(
                 f"{self._directory}: cannot write to the backup directory: cannot open "
-                f"{LOCK_NAME} in it: {e.strerror}. Make it writable or choose another."
+                f"{LOCK_NAME} in it: {e.strerror}. Make it writable or choose another. "
+                f"{READ_ONLY_ADVICE}"
             ) from e
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,13 +104,15 @@ class DirectoryLock:
         Args:
             remove: Whether to remove the lock file too, while it is still locked.
         """
-        if self._fd is None or os.getpid() != self._pid:
+        if not self._is_reserved or os.getpid() != self._pid:
             self.is_released = True  # never held; or held by the parent of this forked process
             return
         with _held_guard:
-            if remove:
-                self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = None
+            if self._fd is not None:
+                if remove:
+                    self._path.unlink(missing_ok=True)
+                os.close(self._fd)
+                self._fd = None
             self.is_released = True
+            self._is_reserved = False
             _held.discard(self._directory)

@@ -1,0 +1,112 @@
+"""A backup directory, from opening to letting go of it."""
+
+from __future__ import annotations
+
+from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.reader import StoredBackup, restore_newest
+from stepsave.engine.saves import SaveLog
+from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
+from stepsave.errors import BackupDirectoryError, CheckpointerClosedError, DirectoryBusyError
+from stepsave.format.records import BackupRecord
+from stepsave.store.local import LocalStore
+from stepsave.store.lock import DirectoryLock
+from stepsave.threads import Crew
+
+__all__ = ("BackupDirectory",)
+
+
+class BackupDirectory:
+    """What a checkpointer has of its directory. For the keeper's thread, but for properties."""
+
+    def __init__(self, store: LocalStore, log: SaveLog, helpers: Crew) -> None:
+        """Touches nothing yet."""
+        self._store = store
+        self._log = log
+        self._helpers = helpers
+        self._lock = DirectoryLock(store.root)
+
+    def open(self, *, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
+        """Makes the directory if needed, locks it, and sees what is in it.
+
+        Raises:
+            BackupDirectoryError: If it cannot be used, or holds something else.
+            DirectoryBusyError: If it is in use.
+        """
+        store = self._store
+        store.create()
+        self._lock.reserve()
+        # Before the lock file is made: a directory that is refused must stay as it was.
+        try:
+            self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
+        except PermissionError as e:
+            raise BackupDirectoryError(
+                f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "
+                "choose another."
+            ) from e
+        self._lock.acquire()
+        self._protocol.read_markers()  # as they are now that nobody else can change them
+        direct = choose_direct(store, writer)
+        self.writer_name = "direct" if direct else "tensorstore"
+        self._writer = Writer(
+            store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
+        )
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest valid backup."""
+        return self._protocol.committed
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The backup before it, if it is kept."""
+        return self._protocol.previous
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is this process's to use."""
+        return self._lock.is_held
+
+    @property
+    def is_released(self) -> bool:
+        return self._lock.is_released
+
+    def check_held(self) -> None:
+        """Raises unless it is this process's to use."""
+        if self.is_released:
+            raise CheckpointerClosedError(
+                f"The checkpointer of {self._store.root} is closed. Make a new one."
+            )
+        if not self.is_held:
+            raise DirectoryBusyError(
+                f"{self._store.root}: this checkpointer belongs to the parent of this forked "
+                "process. Use it there, or make one with another directory."
+            )
+
+    def check_writable(self) -> None:
+        """Raises if nothing can be saved here on principle."""
+
+    def write(self, request: SaveRequest) -> None:
+        """Makes a save durable, or says in its handle why it is not."""
+        self._writer.write(request)
+
+    def restore(self) -> tuple[StoredBackup | None, str]:
+        """Reads the newest backup; see `restore_newest`."""
+        return restore_newest(self._store, self._protocol, self._helpers)
+
+    def mark_ended(self) -> None:
+        """Notes with the newest backup that its training has come to its end."""
+        self._protocol.mark_ended()
+
+    def delete_backup(self) -> None:
+        """Removes every backup, and nothing that stepsave did not write."""
+        self._protocol.delete_all()
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of it.
+
+        Args:
+            remove: Whether to remove the lock file too, and the directory if nothing is left.
+        """
+        self._lock.release(remove=remove)
+        if remove:
+            self._store.remove_empty_root()

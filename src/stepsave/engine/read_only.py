@@ -1,0 +1,123 @@
+"""A backup directory that is only read, whoever writes in it meanwhile."""
+
+from __future__ import annotations
+
+import os
+
+from stepsave.engine.markers import Markers
+from stepsave.engine.reader import StoredBackup, restore_newest
+from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.errors import BackupDirectoryError, CheckpointerClosedError
+from stepsave.format.records import BackupRecord
+from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
+
+__all__ = ("ReadOnlyDirectory",)
+
+ATTEMPTS = 10
+"""How often a backup may be replaced while it is being read, until the reader gives up."""
+
+
+class ReadOnlyDirectory:
+    """What a checkpointer has of a directory that it only reads; else as `BackupDirectory`.
+
+    No lock is taken, so a backup may be replaced at any instant. It proves itself, so what was
+    read of two is refused; then the markers tell whether that is why, and the newer one is read.
+    """
+
+    writer_name = ""
+
+    def __init__(self, store: LocalStore, helpers: Crew) -> None:
+        """Touches nothing yet."""
+        self._store = store
+        self._helpers = helpers
+        self._pid = os.getpid()
+        self.is_released = False
+
+    def open(self, *, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
+        """Looks whether there is such a directory; the arguments are for those who write.
+
+        Raises:
+            BackupDirectoryError: If there is none.
+        """
+        del writer, lanes, double_checkpoint
+        self._store.check_directory()
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest valid backup now."""
+        return self._read_markers().committed
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The backup before it, if it is kept."""
+        return self._read_markers().previous
+
+    @property
+    def is_held(self) -> bool:
+        return not self.is_released and os.getpid() == self._pid
+
+    def check_held(self) -> None:
+        """Raises unless it is open."""
+        if not self.is_held:
+            raise CheckpointerClosedError(
+                f"The checkpointer of {self._store.root} is closed, or belongs to the parent of "
+                "this forked process. Make a new one."
+            )
+
+    def check_writable(self) -> None:
+        """Raises."""
+        raise BackupDirectoryError(
+            f"{self._store.root}: was opened with `read_only=True`, so nothing can be saved or "
+            "removed there. Open it without, or another directory."
+        )
+
+    def write(self, request: SaveRequest) -> None:
+        """Never called."""
+        raise AssertionError(request)
+
+    def restore(self) -> tuple[StoredBackup | None, str]:
+        """Reads the newest backup; again, if it was replaced meanwhile.
+
+        Raises:
+            CorruptBackupError: If there is one, but it cannot be read.
+            BackupDirectoryError: If it was replaced each time.
+        """
+        cause: Exception | None = None
+        lost = ""
+        for _ in range(ATTEMPTS):
+            found, error = None, None
+            before = self._read_markers()
+            try:
+                found, lost = restore_newest(self._store, Markers(self._store), self._helpers)
+            except Exception as e:  # noqa: BLE001  raised below, if nobody else is the cause
+                error = e
+            if error is None and not lost:
+                return found, ""
+            now = self._read_markers()
+            if (before.committed, before.previous) == (now.committed, now.previous):
+                if error is not None:
+                    raise error
+                return found, lost
+            cause = error
+        raise BackupDirectoryError(
+            f"{self._store.root}: the backup was replaced {ATTEMPTS} times while it was being "
+            f"read; the last time that showed as: {cause or lost} Read it again when saves are "
+            "made less often, or read a copy of the directory."
+        ) from cause
+
+    def _read_markers(self) -> Markers:
+        markers = Markers(self._store)
+        markers.read_markers()
+        return markers
+
+    def delete_backup(self) -> None:
+        """Raises."""
+        self.check_writable()
+
+    mark_ended = delete_backup
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of it; nothing is there to be removed."""
+        del remove
+        self.is_released = True

@@ -1,0 +1,30 @@
+"""A backup that is wanted once, without a checkpointer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from stepsave.engine.checkpointer import Checkpointer
+from stepsave.format.records import Backup
+
+__all__ = ("restore",)
+
+
+def restore(directory: str | os.PathLike[str], *, like: Any = None) -> Backup | None:
+    """Reads the newest valid backup in a directory, which may be in use, and changes nothing.
+
+    Args:
+        directory: Where it is. No permission to write there is needed.
+        like: As in `Checkpointer.restore`.
+
+    Returns:
+        The backup, or None if there is none in the directory.
+
+    Raises:
+        BackupDirectoryError: If there is no such directory, or the backup was replaced again and
+            again while it was being read.
+        CorruptBackupError, BackupMismatchError, InvalidStateError: As `Checkpointer.restore`.
+    """
+    with Checkpointer(directory, read_only=True) as reader:
+        return reader.restore(like=like)
