@@ -57,7 +57,10 @@ def test_an_array_of_any_dtype_is_made_like_another(maker, dtype):
 
 @pytest.mark.parametrize("maker", [of_jax, of_torch, of_tensorflow])
 def test_what_was_made_shares_no_memory_with_the_array(maker):
-    array = random_array((4, 6), "float32")
+    memory = np.zeros(4 * 6 + 16, "float32")
+    start = -memory.ctypes.data % 64 // 4  # so aligned, JAX and TensorFlow like to share it
+    array = memory[start : start + 24].reshape(4, 6)
+    array[:] = random_array((4, 6), "float32")
     expected = array.copy()
     made = make_like(array, maker("float32"))
     view_on_host([("a",)], [made])  # waits until it is there

@@ -36,7 +36,7 @@ __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
 WhenBusy = Literal["wait", "skip"]
 
-_NOT_CLOSED = "stepsave: the checkpointer of {} was not closed. Use it in a `with` statement or call `close()`."
+_NOT_CLOSED = "stepsave: the checkpointer of {} was not closed. Use `with`, or call `close()`."
 
 
 class Checkpointer:

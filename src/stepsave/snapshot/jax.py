@@ -123,9 +123,11 @@ def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise InvalidStateError(f"JAX has no {array.dtype} now. Set `jax_enable_x64`.")
+    if _is_on_cpu(like):
+        array = array.copy()  # `device_put` shares memory that happens to be aligned, always
     if like.committed:
-        return jax.device_put(array, like.sharding, may_alias=False)
-    made = jax.device_put(array, may_alias=False)
+        return jax.device_put(array, like.sharding)
+    made = jax.device_put(array)
     return made if made.sharding == like.sharding else jax.device_put(made, like.sharding)
 
 
