@@ -353,6 +353,40 @@ def test_closing_waits_for_saves_in_flight(tmp_path):
     assert_is_state_of(restore_once(tmp_path))
 
 
+def test_that_its_training_has_ended_is_noted_with_the_backup_until_the_next_save(tmp_path):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        saver.save(1, state_of(1))
+        saver.wait()
+        assert not saver.restore().ended
+        saver.close(ended=True)
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        backup = saver.restore()
+        assert backup.ended
+        assert_is_state_of(backup)
+        saver.save(2, state_of(2))
+        saver.wait()
+        assert not saver.restore().ended
+        assert saver.previous.ended
+    with stepsave.Checkpointer(tmp_path / "empty") as saver:
+        saver.close(ended=True)  # nothing was saved
+
+
+def test_a_failed_last_save_leaves_the_training_unended(tmp_path, monkeypatch):
+    saver = stepsave.Checkpointer(tmp_path)
+    saver.save(1, state_of(1))
+    saver.wait()
+    monkeypatch.setattr(LocalStore, "rename", refuse)
+    saver.save(2, state_of(2))
+    with pytest.raises(stepsave.SaveFailedError):
+        saver.close(ended=True)
+    monkeypatch.undo()
+    assert not stepsave.restore(tmp_path).ended
+
+
+def refuse(*_):
+    raise OSError("no")
+
+
 def test_closing_keeps_the_backup_if_the_last_save_failed(tmp_path, monkeypatch):
     saver = stepsave.Checkpointer(tmp_path)
     saver.save(1, state_of(1)).wait()

@@ -188,7 +188,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._tell(f"Restored backup of step {self._saved_step}: going on at {self._start}")
         if self._loop is not None:
             self._loop.warn_of_doubts()
-        if model.built:
+        if keras_internals.is_built(model):
             self._state.prepare(saver)
         if fit is not None and self.save_before_preemption:
             self._expect_signals(fit, model)
