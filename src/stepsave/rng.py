@@ -130,10 +130,9 @@ def restore(state: RngState, *, leave: Collection[str] = ()) -> None:
         _keras[1](state.keras)
 
 
-def tensorflow_is_seeded() -> bool:
-    """Whether TensorFlow's global seed is set; true where it cannot be told."""
-    context = _tensorflow_context()
-    return getattr(context, "_seed", True) is not None
+def tensorflow_seed() -> int | None:
+    """TensorFlow's global seed; None if none is set, -1 where it cannot be told."""
+    return getattr(_tensorflow_context(), "_seed", -1)
 
 
 def _capture_torch() -> tuple[Any, Any]:

@@ -1,6 +1,5 @@
 """Models that Keras builds from the first batch, and training steps of their own."""
 
-
 import keras
 import numpy as np
 import pytest

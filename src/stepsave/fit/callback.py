@@ -41,8 +41,8 @@ _UNKNOWN_FIT = (
     'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
 )
 _NO_SIGNALS = (
-    "`fit` does not run on the main thread, where alone Python handles signals: none will end it "
-    "with a save (`save_before_preemption`). Call `fit` on the main thread."
+    "Signals are not handled: `fit` does not run on the main thread, where alone Python can. None "
+    "will end it with a save (`save_before_preemption`). Call `fit` on the main thread."
 )
 
 
@@ -177,8 +177,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         exact = self.resume == "batch"
         if fit is None and (exact or self.save_before_preemption):
             warnings.warn(_UNKNOWN_FIT, stacklevel=2)
-        self._companions = Companions.of(fit, self)
-        self._phases = Phases(self.backup_dir, model)
+        self._companions, self._phases = Companions.of(fit, self), Phases(self.backup_dir, model)
         if fit is not None and exact:
             self._loop = FitLoop.of(fit, model, self)
         self._state = FitState(model, self._loop, self._phases, with_history=self.history == "all")

@@ -111,6 +111,16 @@ def own_variables(saveable: Any) -> list[Any]:
     return list(saveable.variables) if kind in ("optimizer", "metric") else []
 
 
+def carried_states(saveable: Any) -> list[Any]:
+    """What a stateful RNN carries from batch to batch; Keras does not save it."""
+    states = keras.tree.flatten(getattr(saveable, "states", None)) if _is_layer(saveable) else ()
+    return [state for state in states if isinstance(state, keras.Variable)]
+
+
+def _is_layer(saveable: Any) -> bool:
+    return isinstance(saveable, keras.layers.Layer)
+
+
 def _buffers(layer: Any) -> list[Any]:
     if keras.backend.backend() != "torch" or type(layer).__name__ != "TorchModuleWrapper":
         return []

@@ -14,6 +14,7 @@ import numpy as np
 
 from stepsave.errors import BackupMismatchError, CorruptBackupError
 from stepsave.fit.keras_saving import (
+    carried_states,
     derive_values,
     has_own_way,
     kind_of,
@@ -37,7 +38,7 @@ class Saveables:
     Attributes:
         variables: Their variables that are in no collection of the model.
         paths: Where these are saved.
-        kinds: Kind of the object that each belongs to.
+        kinds: Kind of the object that each belongs to; "state" for what an RNN carries on.
     """
 
     def __init__(self, model: Any, collected: Sequence[Any]) -> None:
@@ -55,19 +56,21 @@ class Saveables:
         seen = {id(variable) for variable in collected}
         for path, saveable in walk(model):
             self._objects.append(("/".join(path), saveable))
-            own = own_variables(saveable)
-            self._counts.append(len(own))
-            for number, variable in enumerate(own):
+            own, states = own_variables(saveable), carried_states(saveable)
+            self._counts.append(len(own) + len(states))
+            for number, variable in enumerate([*own, *states]):
                 if id(variable) not in seen:
                     seen.add(id(variable))
                     self.variables.append(variable)
                     self.paths.append((*SAVEABLES, *path, str(number)))
-                    self.kinds.append(kind_of(saveable))
+                    self.kinds.append("state" if number >= len(own) else kind_of(saveable))
         self._own_way = [(at, one) for at, one in self._objects if has_own_way(one)]
 
     def are_current(self) -> bool:
         """Whether none of them has made variables since, as an optimizer does when first used."""
-        return self._counts == [len(own_variables(one)) for _, one in self._objects]
+        return self._counts == [
+            len(own_variables(one)) + len(carried_states(one)) for _, one in self._objects
+        ]
 
     @property
     def unbuilt_optimizers(self) -> set[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from stepsave.errors import BackupMismatchError
+from stepsave.errors import BackupMismatchError, ChangedTrainingWarning
 from stepsave.fit import keras_internals
 from stepsave.fit.keras_internals import is_built
 from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, is_metric, match
@@ -53,9 +53,9 @@ class ModelVariables:
 
     @property
     def optional(self) -> set[tuple[str, ...]]:
-        """Paths of variables of metrics below the model, which may be new ones."""
+        """Paths below the model that a backup may lack: of new metrics, and states of RNNs."""
         below = zip(self.below.paths, self.below.kinds, strict=True)
-        return {path for path, kind in below if kind == "metric"}
+        return {path for path, kind in below if kind in ("metric", "state")}
 
     def is_current(self) -> bool:
         """Whether the model still has as many variables: Keras makes some only when used."""
@@ -173,15 +173,29 @@ class Restored:
                 variable.assign(value)
         known = {id(variable) for variable, _, _ in self._assigned}
         now = ModelVariables(self._model)
-        is_known = all(id(variable) in known for variable in now.variables)
-        pairs = [] if is_known else _match(now, self._state)[0]
+        pairs = _match(now, self._state)[0]
         for variable, _, array in pairs:
             if id(variable) not in known:
                 value, _ = fit_value(variable, array, self._backend)
                 if value is not None:
                     variable.assign(value)
         now.below.tell(self._own_state or ((), ()))
+        self._warn_of_new_metrics(now, {id(variable) for variable, _, _ in pairs})
         self.forget()
+
+    def _warn_of_new_metrics(self, now: ModelVariables, restored: set[int]) -> None:
+        new = [
+            path[1]
+            for path, variable in now.by_path.items()
+            if is_metric(path) and id(variable) not in restored
+        ]
+        if new:
+            warnings.warn(
+                f"The backup has nothing for {', '.join(dict.fromkeys(new))}: new metrics count "
+                "only what is left of this epoch.",
+                ChangedTrainingWarning,
+                stacklevel=2,
+            )
 
 
 def _match(now: ModelVariables, state: Mapping[str, Any]) -> tuple[list[Pair], list[str]]:

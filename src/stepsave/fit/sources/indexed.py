@@ -30,12 +30,32 @@ class ArraySource(Source):
 
     name = "arrays"
 
-    def doubt(self) -> str | None:
+    def __init__(self, data: EpochData) -> None:
+        super().__init__(data)
         shuffled = keras_data.array_is_shuffled(self.adapter)
-        if backend() == "tensorflow" and shuffled and not rng.tensorflow_is_seeded():
+        self._is_seeded_once = backend() == "tensorflow" and shuffled
+        self._other_seed: Any = None
+
+    def state(self) -> Any:
+        return {"seed": rng.tensorflow_seed()} if self._is_seeded_once else None
+
+    def compare(self, state: Any) -> None:
+        if self._is_seeded_once and state is not None and state != self.state():
+            self._other_seed = state["seed"]
+
+    def doubt(self) -> str | None:
+        if not self._is_seeded_once:
+            return None
+        now = rng.tensorflow_seed()
+        if now is None:
             return (
                 "Keras shuffles arrays on TensorFlow by its global seed, and none is set. Call "
                 "`keras.utils.set_random_seed(…)` before `fit`"
+            )
+        if self._other_seed is not None:
+            return (
+                "Keras shuffles arrays on TensorFlow by its global seed, which was "
+                f"{self._other_seed} and is {now}. Set the same one"
             )
         return None
 

@@ -33,16 +33,27 @@ class TensorFlowSource(Source):
     def __init__(self, data: EpochData) -> None:
         super().__init__(data)
         self._seeds = _seeds(self.object)
+        self._differs = False
 
     def state(self) -> Any:
-        return [pack(seed.numpy()) for seed in self._seeds] or None
+        orders = [_seeds_of_shuffle(dataset) for dataset in _with_inputs(self.object)]
+        orders = [seeds for seeds in orders if seeds]
+        seeds = [pack(seed.numpy()) for seed in self._seeds]
+        return {"orders": orders, "seeds": seeds} if orders or seeds else None
 
     def set_state(self, state: Any) -> None:
-        for seed, value in zip(self._seeds, state or (), strict=False):
+        for seed, value in zip(self._seeds, (state or {}).get("seeds", ()), strict=False):
             seed.assign(unpack(value))
 
+    def compare(self, state: Any) -> None:
+        now = self.state()
+        self._differs = bool(state and now) and state["orders"] != now["orders"]
+
     def doubt(self) -> str | None:
-        if any(_is_unseeded_shuffle(dataset) for dataset in _with_inputs(self.object)):
+        if self._differs:
+            return "it is shuffled by other seeds than before. Set the same ones"
+        orders = map(_seeds_of_shuffle, _with_inputs(self.object))
+        if any(seeds and not any(seeds) for seeds in orders):
             return (
                 "it is shuffled without a seed. Give `shuffle(…, seed=…)` one, or call "
                 "`keras.utils.set_random_seed(…)` before the dataset is made"
@@ -212,9 +223,10 @@ def _with_inputs(dataset: Any) -> Iterator[Any]:
             pending += dataset._inputs()  # noqa: SLF001  TensorFlow says it in no other way
 
 
-def _is_unseeded_shuffle(dataset: Any) -> bool:
+def _seeds_of_shuffle(dataset: Any) -> list[int] | None:
+    """The seeds of a dataset that shuffles, zeros if it has none; None if it does not."""
     seeds = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
-    return all(seed is not None and int(seed) == 0 for seed in seeds)
+    return None if None in seeds else [int(cast("Any", seed)) for seed in seeds]
 
 
 def _seeds(dataset: Any) -> list[Any]:
