@@ -39,13 +39,6 @@ QUICK = {
     "GAN",
     "a torch module with buffers",
 }
-_STATES = "the states of a stateful RNN are in no collection, and `save_weights` passes over them"
-# Of kinds that are not brought back: by backend, why.
-FAILING = {
-    "subclassed, unbuilt": {"tensorflow": "refused: the backup does not say how to build it"}
-} | {
-    name: {"tensorflow": _STATES, "torch": _STATES} for name in ZOO if name.startswith("stateful ")
-}
 
 
 def kinds():
@@ -53,9 +46,7 @@ def kinds():
     for name, kind in ZOO.items():
         if BACKEND not in kind.backends:
             continue
-        reason = FAILING.get(name, {}).get(BACKEND)
-        marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-        marks += [] if name in QUICK else [pytest.mark.slow]
+        marks = [] if name in QUICK else [pytest.mark.slow]
         yield pytest.param(kind, id=name, marks=marks)
 
 
