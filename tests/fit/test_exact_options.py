@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 import signal
 import warnings
@@ -13,7 +14,7 @@ import pytest
 from exact_sources import BACKEND, Rows
 from exact_support import EPOCHS, Interrupt, StopError, make_model, train
 from keras_support import several_steps_per_call
-from rows import BATCH, SAMPLES, STEPS
+from rows import BATCH, SAMPLES, STEPS, samples
 
 import stepsave
 
@@ -395,3 +396,39 @@ def test_no_warning_is_given_for_data_that_comes_again(tmp_path):
 
 
 assert SAMPLES == BATCH * STEPS - 2
+
+
+def test_orbax_checkpoint_passes_over_the_steps_that_it_has_saved(tmp_path):
+    """Orbax refuses a step that is there, to which a resumed training comes again."""
+    orbax = pytest.importorskip("orbax.checkpoint")
+
+    def run(name, step=None):
+        keras.utils.set_random_seed(1)
+        model = make_model()
+        backup = stepsave.BackupAndRestore(tmp_path / name / "backup", 5)
+        checkpoint = keras.callbacks.OrbaxCheckpoint(
+            str(tmp_path / name / "orbax"), save_freq=2, max_to_keep=None
+        )
+        more = [StopAtBatch(step)] if step else []
+        x, y = samples()
+        try:
+            model.fit(x, y, batch_size=4, verbose=0, callbacks=[backup, checkpoint, *more])
+        except StopError:
+            backup._saver.close()
+            checkpoint.checkpointer.close()
+        return checkpoint.directory
+
+    interrupted = run("a", 6)
+    assert {"4", "6"} <= set(os.listdir(interrupted))  # and it goes on after 5
+    run("a")
+    expected = run("b")
+    names = [name for name in os.listdir(expected) if name.isdecimal()]
+    assert sorted(name for name in os.listdir(interrupted) if name.isdecimal()) == sorted(names)
+    reader = orbax.PyTreeCheckpointer()
+    for name in names:
+        found, wanted = (
+            reader.restore(os.path.join(directory, name, "pytree"))
+            for directory in (interrupted, expected)
+        )
+        for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import keras
 
-from stepsave.fit.keras_internals import callback_attributes
+from stepsave.fit.keras_internals import callback_attributes, skip_saved_steps
 from stepsave.format.packing import pack, unpack
 
 __all__ = ("capture", "has_state_per_batch", "restore")
@@ -43,6 +43,7 @@ def restore(callbacks: Iterable[Any], states: Sequence[Any], arrays: Sequence[An
         at = next((i for i, state in enumerate(left) if state["class"] == name), None)
         if at is not None and _has_state(callback):
             _set_state(callback, unpack(left.pop(at)["state"], arrays))
+            skip_saved_steps(callback)
     if left:
         names = ", ".join(state["class"] for state in left)
         _logger.info("The backup has states of callbacks that are not there now: %s", names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -229,6 +230,24 @@ _CALLBACK_ATTRIBUTES = {
     "SwapEMAWeights": "_ema_weights_in_model",
     "TensorBoard": "_global_train_batch _global_test_batch _previous_epoch_iterations",
 }
+
+
+def skip_saved_steps(callback: Any) -> None:
+    """Has an `OrbaxCheckpoint` pass over steps that it has saved before it was interrupted.
+
+    The resumed `fit` comes to them again, with the same state, and Orbax refuses them.
+    """
+    orbax_class = getattr(keras.callbacks, "OrbaxCheckpoint", None)
+    save = getattr(callback, "_save_checkpoint", None)
+    if orbax_class is None or not isinstance(callback, orbax_class) or save is None:
+        return
+    saved = {int(name) for name in os.listdir(callback.directory) if name.isdecimal()}
+
+    def save_new(step: int, *args: Any, **kwargs: Any) -> None:
+        if step not in saved:
+            save(step, *args, **kwargs)
+
+    callback._save_checkpoint = save_new
 
 
 def callback_attributes(callback: Any) -> tuple[str, ...]:
