@@ -104,6 +104,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*which was 7 and is 99")  # on TensorFlow
 @pytest.mark.parametrize(
     ("optimizer", "names"), [("adam", True), *((optimizer, False) for optimizer in OPTIMIZERS)]
 )

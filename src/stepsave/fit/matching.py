@@ -121,18 +121,19 @@ def _partners(
 def _differ_in_front(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Whether one path is the end of the other, but for numbers.
 
-    Paths of an optimizer's slots hold those of its variables, with `_` for `/`.
+    Paths of an optimizer's slots hold those of its variables, with `_` for `/`, after names of
+    optimizers, which one that holds another puts in front of it if it is built in a training step.
     """
     if one[0] == "optimizer_variables":
-        if [_NUMBER.sub("", key) for key in one[:-1]] != [
-            _NUMBER.sub("", key) for key in other[:-1]
-        ]:
-            return False
-        short, long = sorted((_NUMBER.sub("", p[-1]) for p in (one, other)), key=len)
-        return long == short or long.endswith(f"_{short}")
-    short, long = sorted(("/".join(p[1:]) for p in (one, other)), key=len)
-    short, long = _NUMBER.sub("", short), _NUMBER.sub("", long)
-    return long == short or long.endswith(f"/{short}")
+        in_front = _is_end("/".join(one[1:-1]), "/".join(other[1:-1]), "/")
+        return in_front and _is_end(one[-1], other[-1], "_")
+    return _is_end("/".join(one[1:]), "/".join(other[1:]), "/")
+
+
+def _is_end(one: str, other: str, separator: str) -> bool:
+    """Whether one name is the other, or the end of it after a separator, but for numbers."""
+    short, long = sorted((_NUMBER.sub("", name) for name in (one, other)), key=len)
+    return long == short or long.endswith(f"{separator}{short}")
 
 
 def _by_name(paths: Iterable[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:

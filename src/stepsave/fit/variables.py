@@ -98,15 +98,9 @@ def prepare_model(
     Raises:
         BackupMismatchError: If the model is not built and cannot be.
     """
-    if keras.backend.backend() == "tensorflow" and batch_spec and _lacks_variables(model):
-        # Keras on TensorFlow builds in the first step, on other backends before `fit` begins.
-        try:
-            keras_internals.trace_training(model, batch_spec())
-        except Exception as e:
-            raise BackupMismatchError(
-                f"Model {model.name!r} is not built, and building it by its training step "
-                f"failed: {type(e).__name__}: {e}. Call it on a batch of data before `fit`."
-            ) from e
+    by_step = batch_spec if keras.backend.backend() == "tensorflow" else None
+    if by_step is not None and not is_built(model):
+        _build_by_step(model, by_step)
     if not model.built and build_config:
         try:
             model.build_from_config(dict(build_config))
@@ -123,10 +117,19 @@ def prepare_model(
     optimizer = model.optimizer
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
+    if by_step is not None and Saveables(model, ()).unbuilt_optimizers:
+        _build_by_step(model, by_step)
 
 
-def _lacks_variables(model: Any) -> bool:
-    return not is_built(model) or bool(Saveables(model, ()).unbuilt_optimizers)
+def _build_by_step(model: Any, batch_spec: Callable[[], Any]) -> None:
+    # Keras on TensorFlow builds in the first step, on other backends before `fit` begins.
+    try:
+        keras_internals.trace_training(model, batch_spec())
+    except Exception as e:
+        raise BackupMismatchError(
+            f"Model {model.name!r} is not built, and building it by its training step failed: "
+            f"{type(e).__name__}: {e}. Call it on a batch of data before `fit`."
+        ) from e
 
 
 class Restored:
