@@ -78,7 +78,7 @@ def read_report(path: Path) -> dict[str, dict]:
 def table(found: dict[str, dict]) -> str:
     cells = {backend: found[backend]["cells"] for backend in BACKENDS}
     sources = list(dict.fromkeys(source for c in cells.values() for source in c))
-    models = {backend: found[backend]["models"] for backend in BACKENDS}
+    models = {backend: found[backend].get("models", {}) for backend in BACKENDS}
     names = sorted({name for each in models.values() for name in each}, key=str.lower)
     verdicts = {True: "all", False: "**not all**", None: "not there"}
     reasons: dict[tuple[str, str], list[str]] = {}

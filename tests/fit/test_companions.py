@@ -19,6 +19,8 @@ from keras_support import (
 import stepsave
 from stepsave import BackupAndRestore
 
+pytestmark = pytest.mark.first
+
 
 def pair(directory, fast=3, slow="epoch", **arguments):
     return (

@@ -9,6 +9,8 @@ from keras_support import BACKEND, InterruptionError, leave
 import stepsave
 from stepsave.fit.data_position import Batching, Stream
 
+pytestmark = pytest.mark.first
+
 X = np.arange(64 * 3, dtype="float32").reshape(64, 3)
 Y = X[:, :1]
 

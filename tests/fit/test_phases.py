@@ -12,6 +12,8 @@ from stepsave import ChangedTrainingWarning
 from stepsave.fit import phases
 from stepsave.fit.phases import BackupOf, Phases
 
+pytestmark = pytest.mark.first
+
 X = np.random.default_rng(0).normal(size=(48, 3)).astype("float32")
 Y = X[:, :1]
 
