@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
-from stepsave.errors import ChangedTrainingWarning
+from stepsave.errors import BackupMismatchError, ChangedTrainingWarning
 from stepsave.fit import keras_internals
 from stepsave.fit.companions import Companions, Start
 from stepsave.fit.keras_data import EpochData
@@ -84,10 +84,17 @@ class Resuming:
         phase = backup.metadata.get("phase")
         belongs = self.phases.place(phase)
         if belongs is BackupOf.LATER_FIT:
-            _warn(
+            later = (
                 f"The backup of step {backup.step} is of a later `fit` of this script, and this "
-                "one had ended before it: it trains nothing now, changes nothing in the model, and "
-                "leaves the backup to the later one. To train it anew, move the backup away"
+            )
+            if self.epochs is None:
+                raise BackupMismatchError(
+                    f"{later}one, whose end is not known, cannot be left out. Move the backup away, "
+                    "or begin with the later one."
+                )
+            _warn(
+                f"{later}one had ended before it: it trains nothing now, changes nothing in the "
+                "model, and leaves the backup to the later one. To train it anew, move the backup away"
             )
             return Start(backup.step, self.epochs, 0, keeps_backup=True), None
         if belongs is BackupOf.EARLIER_FIT:
