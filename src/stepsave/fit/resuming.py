@@ -84,19 +84,7 @@ class Resuming:
         phase = backup.metadata.get("phase")
         belongs = self.phases.place(phase)
         if belongs is BackupOf.LATER_FIT:
-            later = (
-                f"The backup of step {backup.step} is of a later `fit` of this script, and this "
-            )
-            if self.epochs is None:
-                raise BackupMismatchError(
-                    f"{later}one, whose end is not known, cannot be left out. Move the backup away, "
-                    "or begin with the later one."
-                )
-            _warn(
-                f"{later}one had ended before it: it trains nothing now, changes nothing in the "
-                "model, and leaves the backup to the later one. To train it anew, move the backup away"
-            )
-            return Start(backup.step, self.epochs, 0, keeps_backup=True), None
+            return self._leave_to_later(backup), None
         if belongs is BackupOf.EARLIER_FIT:
             _warn(
                 f"The backup of step {backup.step} is of an earlier `fit` of this script, which "
@@ -113,6 +101,20 @@ class Resuming:
         if doubt is not None and not start.keeps_backup:
             _warn(doubt)
         return start, restored
+
+    def _leave_to_later(self, backup: Backup) -> Start:
+        whose = f"The backup of step {backup.step} is of a later `fit` of this script"
+        if self.epochs is None:
+            raise BackupMismatchError(
+                f"{whose}, and this one, whose end is not known, cannot be passed over. Begin with "
+                "the later one, or move the backup away."
+            )
+        _warn(
+            f"{whose}, and this one had ended before it: it trains nothing now, changes nothing in "
+            "the model, and leaves the backup to the later one. To train it anew, move the backup "
+            "away"
+        )
+        return Start(backup.step, self.epochs, 0, keeps_backup=True)
 
     def _start(self, backup: Backup, restored: RestoredFit) -> Start:
         loop, epochs = self.loop, self.epochs
