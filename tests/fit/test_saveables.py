@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_support import BACKEND, Interrupt, fit, leave
+from keras_support import BACKEND, Interrupt, InterruptionError, fit, leave
 
 import stepsave
 from stepsave.fit.keras_saving import walk
@@ -186,6 +186,22 @@ def test_a_metric_more_or_less_never_refuses_a_backup(backup_dir):
         callback = stepsave.BackupAndRestore(backup_dir, delete_checkpoint=False)
         history = fit(make(metrics=metrics), callback, x=X, y=Y, epochs=epoch)
         assert history.epoch == [epoch - 1]
+
+
+def test_a_new_metric_within_an_epoch_counts_what_is_left_of_it_and_that_is_said(backup_dir):
+    def train(callback, *others, metrics=()):
+        keras.utils.clear_session()
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="o")])
+        model.compile("sgd", "mse", metrics=list(metrics))
+        return fit(model, callback, *others, x=X, y=Y).history
+
+    callback = stepsave.BackupAndRestore(backup_dir, 1)
+    with pytest.raises(InterruptionError):
+        train(callback, Interrupt(step=2))
+    leave(callback)
+    with pytest.warns(stepsave.ChangedTrainingWarning, match="new metrics count only what is left"):
+        history = train(stepsave.BackupAndRestore(backup_dir, 1), metrics=["mae"])
+    assert set(history) == {"loss", "mae"}
 
 
 def nested():

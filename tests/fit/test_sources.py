@@ -9,10 +9,10 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from exact_sources import BACKEND, SOURCES, Rows, ShuffledRows, arrays, torch_loader
+from exact_sources import BACKEND, SOURCES, NoisyRows, Rows, ShuffledRows, arrays, torch_loader
 from exact_support import Interrupt, StopError, make_model, train
 from keras_support import Child
-from rows import BATCH, SAMPLES, STEPS, TorchRows, samples
+from rows import BATCH, SAMPLES, STEPS, Noise, TorchRows, samples
 
 import stepsave
 from stepsave.fit.keras_data import reads_ahead
@@ -92,6 +92,62 @@ def test_data_that_can_seek_is_not_read_to_be_passed_over(source, tmp_path):
     again = stepsave.BackupAndRestore(tmp_path, 3)
     train(source, again, more=[Begin()])
     assert to_read[0] == (5, 0)
+
+
+def noisy_generator():
+    x, y = samples()
+    while True:
+        for i in range(STEPS):
+            rows = slice(i * BATCH, (i + 1) * BATCH)
+            yield NOISE(x[rows]), y[rows]
+
+
+NOISE = Noise(np.random)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere nothing is read in the background")
+def test_what_alone_draws_in_the_background_from_a_global_generator_is_exact_and_doubted(tmp_path):
+    def run(*callbacks):
+        keras.utils.set_random_seed(4)
+        model = make_model()
+        model.fit(
+            noisy_generator(), steps_per_epoch=STEPS, epochs=2, verbose=0, callbacks=list(callbacks)
+        )
+        return [keras.ops.convert_to_numpy(variable).tobytes() for variable in model.variables]
+
+    expected = run()
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        run(backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    told = "only if nothing else draws from that"
+    with pytest.warns(stepsave.UnreproducibleDataWarning, match=told):
+        assert run(stepsave.BackupAndRestore(tmp_path, 3)) == expected
+
+
+def reseeded(make, tmp_path):
+    """Trains until it is interrupted, and on with another seed."""
+
+    def run(seed, *callbacks):
+        keras.utils.set_random_seed(seed)
+        make_model().fit(**make(), epochs=2, verbose=0, callbacks=list(callbacks))
+
+    backup = stepsave.BackupAndRestore(tmp_path, 3)
+    with pytest.raises(StopError):
+        run(1, backup, Interrupt("middle", "exception", backup))
+    backup._saver.close()
+    run(2, stepsave.BackupAndRestore(tmp_path, 3))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere the order is restored")
+def test_another_seed_for_shuffled_arrays_is_doubted(tmp_path):
+    with pytest.warns(stepsave.UnreproducibleDataWarning, match="which was 1 and is 2"):
+        reseeded(lambda: arrays(shuffle=True), tmp_path)
+
+
+def test_another_seed_for_shuffled_tf_data_is_doubted(tmp_path):
+    with pytest.warns(stepsave.UnreproducibleDataWarning, match="shuffled by other seeds"):
+        reseeded(lambda: {"x": SOURCES["tf.data"]()["x"], "shuffle": False}, tmp_path)
 
 
 _TWO_DEVICES = """
@@ -210,6 +266,10 @@ DOUBTFUL = {
     "`PyDataset` with workers and `steps_per_epoch`": (
         lambda: {"x": Rows(workers=2), "steps_per_epoch": STEPS},
         "hands batches that workers had loaded",
+    ),
+    "`PyDataset` with workers that draw from a generator of its own": (
+        lambda: {"x": NoisyRows(np.random.default_rng(8), workers=2)},
+        "its workers draw in any order",
     ),
     "generator that draws from an unseeded NumPy generator": (
         lambda: {"x": unseeded_generator(), "steps_per_epoch": STEPS},
