@@ -1,6 +1,8 @@
 """Where training goes on when the data is cut into batches otherwise than it was."""
 # ruff: noqa: ARG002  callbacks have Keras's signatures
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from keras_support import BACKEND, InterruptionError, leave
 
 import stepsave
 from stepsave.fit.data_position import Batching, Stream
+from stepsave.fit.keras_data import EpochData
 
 pytestmark = pytest.mark.first
 
@@ -111,3 +114,14 @@ def test_another_number_of_steps_per_execution_leaves_no_batch_out(backup_dir):
         stepsave.ChangedTrainingWarning, match="`steps_per_execution` was 1 and is 2"
     ):
         assert train(2) == 3 + 6  # after 2 of 8
+
+
+def test_data_that_begins_with_a_scalar_has_no_batch_size():
+    tf = pytest.importorskip("tensorflow")
+    from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+
+    data = tf.data.Dataset.from_tensors({"a": 1.0, "rows": X}).repeat(3)
+    adapter = TFDatasetAdapter(data)
+    assert EpochData(types.SimpleNamespace(data_adapter=adapter)).batch_size is None
+    adapter = TFDatasetAdapter(tf.data.Dataset.from_tensor_slices(X).batch(8, drop_remainder=True))
+    assert EpochData(types.SimpleNamespace(data_adapter=adapter)).batch_size == 8

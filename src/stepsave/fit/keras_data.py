@@ -37,7 +37,10 @@ class EpochData:
     @property
     def batch_size(self) -> int | None:
         """Samples of a batch, or None if the adapter does not know."""
-        size = getattr(self.adapter, "batch_size", None)
+        try:
+            size = getattr(self.adapter, "batch_size", None)
+        except IndexError:  # of `tf.data` whose first part is a scalar
+            return None
         return int(size) if isinstance(size, numbers.Integral) else None
 
     @property
