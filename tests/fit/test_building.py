@@ -122,3 +122,25 @@ def test_a_model_whose_training_step_cannot_be_traced_is_refused_with_what_to_do
     with pytest.raises(stepsave.BackupMismatchError, match="Call it on a batch of data"):
         train(OnHost, arrays, refused, run_eagerly=True)
     leave(refused)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere metrics exist before `fit` begins")
+def test_a_built_model_whose_step_cannot_be_traced_goes_on_without_its_metrics_and_says_so(
+    backup_dir,
+):
+    class OnHost(Unbuilt):
+        def train_step(self, data):
+            data[0].numpy()
+            return super().train_step(data)
+
+    def make():
+        model = OnHost()
+        model(X[:1])
+        return model
+
+    arguments = {"run_eagerly": True, "metrics": ["mae"]}
+    expected, _ = train(make, arrays, **arguments)
+    train(make, arrays, stepsave.BackupAndRestore(backup_dir, 3), Interrupt(step=4), **arguments)
+    with pytest.warns(stepsave.ChangedTrainingWarning, match="cannot be traced before it runs"):
+        found, _ = train(make, arrays, stepsave.BackupAndRestore(backup_dir, 3), **arguments)
+    assert found == expected

@@ -101,6 +101,12 @@ def is_built(model: Any) -> bool:
     return model.built and all(layer.built for layer in flatten_layers(model))
 
 
+def has_unbuilt_metrics(model: Any) -> bool:
+    """Whether metrics that were given to `compile` have no variables yet, as far as Keras says."""
+    metrics = getattr(model, "_compile_metrics", None)
+    return metrics is not None and not getattr(metrics, "built", True)
+
+
 def trace_training(model: Any, batch_spec: Any) -> None:
     """Makes all variables exist that Keras on TensorFlow makes in the first training step.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
-from stepsave.errors import CorruptBackupError
+from stepsave.errors import ChangedTrainingWarning, CorruptBackupError
 from stepsave.fit import callback_states, keras_internals
 from stepsave.fit.data_position import Batching, Resume, Stream
 from stepsave.fit.loop import FitLoop
@@ -255,8 +256,8 @@ class RestoredFit:
             if self.between_epochs:
                 self.variables.forget()  # all was put back before the epoch began
                 return
-            if self.variables.lacks_metrics and keras.backend.backend() == "tensorflow":
-                keras_internals.trace_first_step(model, iterator)
+            if keras.backend.backend() == "tensorflow":
+                self._make_metrics(model, iterator)
             self.variables.assign_again()
             if ended:
                 model.stop_training = self._flag("stop_training")
@@ -269,6 +270,20 @@ class RestoredFit:
             batches = now.place_of(stream.batches, then)
             stream = dataclasses.replace(stream, batches=batches, place=place)
         return Resume(self.position.batch, stream, ended, at_cut)
+
+    def _make_metrics(self, model: Any, iterator: Any) -> None:
+        """Has metrics that Keras on TensorFlow makes in the first step exist, to be restored."""
+        if not self.variables.lacks_metrics and not keras_internals.has_unbuilt_metrics(model):
+            return
+        try:
+            keras_internals.trace_first_step(model, iterator)
+        except Exception as e:  # noqa: BLE001  of the user's training step; it may run all the same
+            warnings.warn(
+                "Metrics that the first step makes count only what is left of this epoch: "
+                f"`train_step` cannot be traced before it runs ({type(e).__name__}: {e}).",
+                ChangedTrainingWarning,
+                stacklevel=2,
+            )
 
     def fit_to(self, batching: Batching) -> str | None:
         """Has the epoch go on where it was, though the data may be cut into other batches now.
