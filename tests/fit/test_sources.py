@@ -110,9 +110,8 @@ def test_what_alone_draws_in_the_background_from_a_global_generator_is_exact_and
     def run(*callbacks):
         keras.utils.set_random_seed(4)
         model = make_model()
-        model.fit(
-            noisy_generator(), steps_per_epoch=STEPS, epochs=2, verbose=0, callbacks=list(callbacks)
-        )
+        data = {"x": noisy_generator(), "steps_per_epoch": STEPS, "shuffle": False}
+        model.fit(**data, epochs=2, verbose=0, callbacks=list(callbacks))
         return [keras.ops.convert_to_numpy(variable).tobytes() for variable in model.variables]
 
     expected = run()
