@@ -398,6 +398,7 @@ def test_no_warning_is_given_for_data_that_comes_again(tmp_path):
 assert SAMPLES == BATCH * STEPS - 2
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # Orbax reads it from the file
 def test_orbax_checkpoint_passes_over_the_steps_that_it_has_saved(tmp_path):
     """Orbax refuses a step that is there, to which a resumed training comes again."""
     orbax = pytest.importorskip("orbax.checkpoint")
