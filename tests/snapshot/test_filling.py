@@ -70,6 +70,17 @@ def test_arrays_that_are_not_contiguous_are_stored_in_c_order(array, threads):
     assert leaf_bytes(plan, arena, 0) == array.tobytes()
 
 
+def test_helpers_that_have_copied_all_before_the_caller_comes_to_it_leave_him_nothing():
+    arrays = [random_array((100_000,), "float32", seed=i) for i in range(3)]
+    plan, arena, on_its_way = begun(arrays)
+    on_its_way.help()
+    assert on_its_way.is_complete
+    on_its_way.work()
+    for number, array in enumerate(arrays):
+        assert leaf_bytes(plan, arena, number) == array.tobytes()
+    assert_sealed(plan, arena)
+
+
 def test_the_odd_bits_of_not_a_number_are_kept():
     bits = np.array([0x7F800001, 0xFFC12345, 0x7FC00000], np.uint32)
     plan, arena = filled([bits.view(np.float32)])

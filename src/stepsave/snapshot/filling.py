@@ -71,11 +71,11 @@ class Filling:
         try:
             source = self._source
             self._check()  # a helper may have failed already
-            assert source is not None
-            for number in itertools.chain(self._packs, self._slabs):
-                self._runs[number].fill(source)
-                self._is_done[number] = 1
-                self._check()
+            if source is not None:  # or helpers have filled all of it before this thread came to it
+                for number in itertools.chain(self._packs, self._slabs):
+                    self._runs[number].fill(source)
+                    self._is_done[number] = 1
+                    self._check()
             while not self.is_complete:
                 self._check()
                 self._gone.get()  # what is open, a helper has taken
