@@ -336,12 +336,12 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         before = self._before_validation
         metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
-        at, to = f"Epoch {progress.epoch + 1}", self.backup_dir
+        at = f"Epoch {progress.epoch + 1}"
         if handle.skipped:
             self._tell(f"{at}: backup skipped, the disk is still busy")
             return
         self._saved_step = position.global_step
-        self._tell(f"{at}: saving backup of step {self._saved_step} to {to}")
+        self._tell(f"{at}: saving backup of step {self._saved_step} to {self.backup_dir}")
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver

@@ -1,7 +1,8 @@
 """What Keras does not promise, and stepsave needs all the same.
 
-The only module that touches private attributes of Keras. Each use says what it is for and what
-happens where it is gone; `tests/fit/test_keras_internals.py` fails when Keras changes one.
+With `keras_data` and `keras_saving` the only module that touches private attributes of Keras. Each
+use says what it is for and what happens where it is gone; `tests/fit/test_keras_internals.py` fails
+when Keras changes one.
 Written for Keras 3.14 and 3.15.
 """
 
