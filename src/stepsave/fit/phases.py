@@ -139,7 +139,9 @@ def _given_rate(optimizer: Any) -> float | None:
 
 def _present_rate(optimizer: Any) -> float | None:
     rate = getattr(optimizer, "learning_rate", None)  # of a schedule: that of the present step
-    return None if rate is None else float(np.asarray(keras.ops.convert_to_numpy(rate)))
+    if rate is None:
+        return None
+    return float(np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(rate))))
 
 
 def _name_of(loss: Any) -> Any:
