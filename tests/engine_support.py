@@ -17,6 +17,7 @@ from stepsave.format.layout import compile_layout
 from stepsave.format.records import DTYPES, LeafSpec
 from stepsave.snapshot.arena import Arena
 from stepsave.snapshot.arrays import dtype_name
+from stepsave.snapshot.pages import Pages
 
 SMALL_SHARDS = """
 from stepsave.format import layout
@@ -184,7 +185,7 @@ def plan_of(arrays):
 def filled(arrays, arena=None, threads=1):
     """Copies arrays into an arena as a save does; returns the plan and the arena."""
     plan = plan_of(arrays)
-    arena = arena or Arena(-(-plan.arena_bytes // 4096) * 4096)
+    arena = arena or Arena(Pages(-(-plan.arena_bytes // 4096) * 4096))
     arena.bind(plan)
     filling = arena.begin(list(arrays).__getitem__)
     with concurrent.futures.ThreadPoolExecutor(threads) as executor:

@@ -25,7 +25,7 @@ from queue import Empty, SimpleQueue
 from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
-__all__ = ("Crew", "Latch", "is_running")
+__all__ = ("Crew", "Fate", "Latch", "is_running")
 
 T = TypeVar("T")
 
@@ -73,6 +73,23 @@ class Latch:
                 except Empty:
                     self._waiters.remove(waiter)
         return self._is_open
+
+
+class Fate:
+    """Whether something was begun with or given up. Both sides ask in one step; one gets it."""
+
+    __slots__ = ("_is",)
+
+    def __init__(self) -> None:
+        self._is: dict[None, str] = {}
+
+    def accept(self) -> bool:
+        """For the one who would do it: whether it is his to do."""
+        return self._is.setdefault(None, "accepted") == "accepted"
+
+    def drop(self) -> bool:
+        """For the one who would rather not have it done: whether nobody will do it."""
+        return self._is.setdefault(None, "dropped") == "dropped"
 
 
 class Crew:

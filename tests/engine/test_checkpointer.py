@@ -11,6 +11,7 @@ import pytest
 from engine_support import (
     assert_is_state_of,
     assert_same_bits,
+    check_python,
     random_array,
     restore_once,
     save_once,
@@ -443,7 +444,7 @@ def test_prepare_makes_everything_ready_for_the_first_save(tmp_path):
 
 
 def test_with_memory_for_one_arena_saves_still_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(arena, "_available_bytes", lambda: 3 << 20)
+    monkeypatch.setattr(arena, "available_bytes", lambda: 3 << 20)
     with stepsave.Checkpointer(tmp_path) as saver:
         with pytest.warns(UserWarning, match="Using one") as caught:
             saver.prepare(state_of(0))
@@ -455,13 +456,71 @@ def test_with_memory_for_one_arena_saves_still_work(tmp_path, monkeypatch):
     assert_is_state_of(restore_once(tmp_path))
 
 
+def test_with_memory_for_one_arena_a_training_resumes(tmp_path, monkeypatch):
+    save_once(tmp_path, state_of(1), step=1)
+    with stepsave.Checkpointer(tmp_path) as saver:
+        backup = saver.restore()
+        assert_is_state_of(backup)
+        monkeypatch.setattr(arena, "available_bytes", lambda: 0)
+        del backup
+        with pytest.warns(UserWarning, match="Using one"):
+            saver.prepare(state_of(1))
+        for step in range(2, 6):
+            saver.save(step, state_of(step))
+    assert restore_once(tmp_path).step == 5
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_a_restored_state_stays_as_it_was_whatever_is_saved_then(tmp_path):
+    save_once(tmp_path, state_of(1), step=1)
+    with stepsave.Checkpointer(tmp_path) as saver:
+        backup = saver.restore()
+        for step in range(2, 8):
+            saver.save(step, state_of(step))
+        saver.wait()
+        assert_is_state_of(backup)
+        # Itself, too: an arena must not be filled from itself.
+        saver.save(8, backup.state).wait()
+        assert_same_bits(saver.restore().state, backup.state)
+
+
+def test_what_was_restored_becomes_an_arena_when_nobody_has_it(tmp_path):
+    save_once(tmp_path, state_of(1), step=1)
+    with stepsave.Checkpointer(tmp_path) as saver:
+        backup = saver.restore()
+        assert_is_state_of(backup)
+        restored = saver._capture._restored
+        del backup
+        for step in range(2, 6):
+            saver.save(step, state_of(step))
+        arenas = saver._capture._pool._arenas
+        assert restored in [arena.pages for arena in arenas]
+        assert len(arenas) == 2
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_children_made_by_fork_can_read_what_was_restored(tmp_path):
+    save_once(tmp_path, state_of(1), step=1)
+    code = """
+import os, sys, stepsave
+with stepsave.Checkpointer(sys.argv[1]) as saver:
+    state = saver.restore().state
+    saver.prepare(state)
+    child = os.fork()
+    if not child:
+        os._exit(0 if all((array == 1).all() for array in state["weights"].values()) else 1)
+    print(os.waitpid(child, 0)[1])
+"""
+    assert check_python(code, tmp_path).strip() == "0"
+
+
 def test_without_memory_for_an_arena_it_is_refused_and_smaller_states_still_save(
     tmp_path, monkeypatch
 ):
     with stepsave.Checkpointer(tmp_path) as saver:
         saver.save(1, state_of(1)).wait()
         with monkeypatch.context() as patch:
-            patch.setattr(arena, "_available_bytes", lambda: 1 << 20)
+            patch.setattr(arena, "available_bytes", lambda: 1 << 20)
             with pytest.raises(stepsave.ArenaMemoryError, match="available memory is 1 MiB"):
                 saver.save(2, {"big": np.zeros(1 << 20)})
         assert_is_state_of(saver.restore())

@@ -286,3 +286,37 @@ def test_the_metadata_tells_position_and_origin(backup_dir):
     }
     assert backup.metadata["backend"] == BACKEND
     assert backup.metadata["keras_version"] == keras.version()
+
+
+def stopping():
+    return keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("at", "others"),
+    [({"step": 5}, []), ({"epoch_end": 1}, [stopping])],
+    ids=["within an epoch", "between epochs, with best weights"],
+)
+@pytest.mark.usefixtures("small_shards")  # so that large arrays lie in several chunks
+def test_a_resume_needs_no_memory_of_its_own(backup_dir, at, others):
+    """The backup is restored into an arena of the saves that follow."""
+
+    class Pages(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):  # noqa: ARG002
+            self.restored = resumed._saver._capture._pool._arenas[0].pages
+
+        def on_epoch_end(self, epoch, logs=None):  # noqa: ARG002
+            self.used = [arena.pages for arena in resumed._saver._capture._pool._arenas]
+
+    callback = BackupAndRestore(backup_dir, 1)
+    interrupt = Interrupt(**at)
+    fit_interrupted(
+        step_model(width=20_000), callback, *(other() for other in others), interrupt, epochs=2
+    )
+    leave(callback)
+    model, pages, resumed = step_model(width=20_000), Pages(), BackupAndRestore(backup_dir, 1)
+    fit(model, resumed, pages, *(other() for other in others), epochs=4)
+    assert step_numbers(model) == {4 * STEPS}
+    assert len(pages.used) == 2
+    assert pages.restored in pages.used
+    assert pages.restored._lent is not None, "it was restored into"

@@ -29,7 +29,7 @@ from stepsave.fit.variables import (
     prepare_model,
     restore_variables,
 )
-from stepsave.format.tree import unflatten
+from stepsave.format.tree import flatten, unflatten
 
 
 def built(model):
@@ -243,6 +243,31 @@ def test_integers_of_another_width_fit_only_across_backends_and_only_in_range():
         assert_refused(small_model(), state, "values that do not fit", backend="another")
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere values are replaced, not overwritten")
+def test_an_assignment_that_is_interrupted_is_completed_on_torch(monkeypatch):
+    from stepsave.snapshot import torch as tensors
+
+    model = built(small_model())
+    state = snapshot(model)
+    state["trainable_variables"]["small"]["first"]["kernel"] += 1
+    overwrite, calls = tensors.overwrite, []
+
+    def interrupt_once(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        overwrite(*args)
+
+    monkeypatch.setattr(tensors, "overwrite", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        restore_variables(model, state, BACKEND)
+    found = snapshot(model)
+    assert flatten(found)[0] == flatten(state)[0]
+    for one, other in zip(flatten(found)[1], flatten(state)[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="there nothing is allocated that could be missing")
 def test_a_failing_assignment_is_undone():
     model = built(small_model())
     state = snapshot(model)

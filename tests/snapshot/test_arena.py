@@ -6,7 +6,8 @@ from engine_support import filled, plan_of, random_array
 
 from stepsave.errors import ArenaMemoryError
 from stepsave.snapshot import arena
-from stepsave.snapshot.arena import Arena, ArenaPool, Claim
+from stepsave.snapshot.arena import Arena, ArenaPool, Claim, pages_for
+from stepsave.snapshot.pages import Pages
 from stepsave.threads import Crew
 
 HUGE_PAGE = 2 << 20
@@ -22,14 +23,14 @@ def crew():
 
 @pytest.fixture
 def available(monkeypatch):
-    return lambda size: monkeypatch.setattr(arena, "_available_bytes", lambda: size)
+    return lambda size: monkeypatch.setattr(arena, "available_bytes", lambda: size)
 
 
 def test_gaps_are_zeros_after_another_layout_was_there():
     _, arena = filled([random_array((3000,), "uint8", seed=i) for i in range(20)])
     arrays = [np.zeros(5, np.uint8), np.ones(3, np.float32)]
     plan, arena = filled(arrays, arena=arena)
-    _, fresh = filled(arrays, arena=Arena(arena.capacity_bytes))
+    _, fresh = filled(arrays, arena=Arena(Pages(arena.capacity_bytes)))
     assert plan.arena_bytes <= arena.capacity_bytes
     assert (arena.bytes == fresh.bytes).all()
 
@@ -42,14 +43,6 @@ def test_shards_are_the_bytes_of_the_arena_in_order():
     assert whole == arena.bytes[: plan.arena_bytes].tobytes()
 
 
-def test_memory_is_page_aligned_and_untouched_bytes_are_zeros():
-    arena = Arena(HUGE_PAGE)
-    assert arena.bytes.ctypes.data % 4096 == 0
-    for part in range(3):
-        arena.touch(part, 3)
-    assert not arena.bytes.any()
-
-
 @pytest.mark.parametrize("size", [None, 4 * HUGE_PAGE])
 def test_there_are_two_arenas_where_two_fit(available, size, crew):
     available(size)
@@ -60,7 +53,7 @@ def test_there_are_two_arenas_where_two_fit(available, size, crew):
 
 def test_with_room_for_one_arena_there_is_one_and_one_warning(available, crew):
     available(4 * HUGE_PAGE - 1)
-    with pytest.warns(UserWarning, match="Using one") as caught:
+    with pytest.warns(UserWarning, match="need 2 x 4 MiB.*is 4 MiB beside the first") as caught:
         pool = ArenaPool(plan_of([np.zeros(HUGE_PAGE // 8)]), crew)
     assert len(caught) == 1
     assert pool.count == 1
@@ -77,23 +70,18 @@ def test_memory_that_the_system_refuses_counts_as_missing(monkeypatch, available
     available(None)
     made = []
 
-    class Limited(Arena):
+    class Limited(Pages):
         def __init__(self, size):
             if made:
                 raise OSError("no memory")
             made.append(size)
             super().__init__(size)
 
-    monkeypatch.setattr(arena, "Arena", Limited)
+    monkeypatch.setattr(arena, "Pages", Limited)
     with pytest.warns(UserWarning, match="available memory is unknown"):
         pool = ArenaPool(plan_of([np.zeros(10)]), crew)
     assert pool.count == 1
     pool.close()
-
-
-def test_available_memory_is_a_plausible_number():
-    found = arena._available_bytes()
-    assert found is None or 1 << 20 < found < 1 << 50
 
 
 def test_an_arena_is_lent_to_one_save_at_a_time(crew):
@@ -126,4 +114,105 @@ def test_an_arena_whose_claim_was_dropped_is_free_again(crew):
     lent = [pool.acquire(claim, block=True) for claim in claims]
     claims[1].drop()
     assert pool.acquire(Claim(), block=False) is lent[1]
+    pool.close()
+
+
+def test_memory_of_a_restore_is_an_arena_when_the_last_view_of_it_has_gone(crew):
+    plan = plan_of([np.zeros(10)])
+    pages = pages_for(plan)
+    restored = pages.lend()
+    view = restored[4:8].view(np.int32)
+    pool = ArenaPool(plan, crew, pages)
+    assert pool.count == 2
+    claims = [Claim(), Claim()]
+    other = pool.acquire(claims[0], block=True)
+    assert other.pages is not pages
+    del restored
+    assert pages.is_lent
+    del view
+    assert pool.acquire(claims[1], block=False).pages is pages
+    pool.close()
+
+
+def test_there_is_another_arena_for_one_whose_restored_arrays_are_kept(crew):
+    plan = plan_of([np.zeros(10)])
+    pages = pages_for(plan)
+    restored = pages.lend()
+    restored[:] = 7
+    pool = ArenaPool(plan, crew, pages)
+    claims = [Claim() for _ in range(4)]
+    lent = [pool.acquire(claim, block=False) for claim in claims[:2]]
+    assert all(arena.pages is not pages for arena in lent)
+    assert lent[0] is not lent[1]
+    assert pool.acquire(claims[2], block=False) is None
+    for taken in lent:
+        taken.bytes[:] = 1
+    assert (restored == 7).all()
+    pool.close()
+
+
+def test_without_memory_beside_a_restored_backup_it_is_said_to_let_go_of_it(available, crew):
+    plan = plan_of([np.zeros(10)])
+    pages = pages_for(plan)
+    restored = pages.lend()
+    available(0)
+    with pytest.warns(UserWarning, match="Using one"):
+        pool = ArenaPool(plan, crew, pages)
+    with pytest.raises(ArenaMemoryError, match=r"still in use.*`del backup`"):
+        pool.acquire(Claim(), block=True)
+    del restored
+    assert pool.acquire(Claim(), block=True).pages is pages
+    pool.close()
+
+
+def test_a_restore_into_too_little_memory_is_no_arena(crew):
+    large = plan_of([np.zeros(4 * HUGE_PAGE, np.uint8)])
+    pool = ArenaPool(large, crew, pages_for(plan_of([np.zeros(10)])))
+    assert pool.count == 2
+    assert all(memory.nbytes >= large.arena_bytes for memory in pool.memories)
+    pool.close()
+
+
+def test_gaps_are_zeros_in_memory_that_a_restore_left(crew):
+    arrays = [np.zeros(5, np.uint8), random_array((70_000,), "uint8"), np.ones(3, np.float32)]
+    plan = plan_of(arrays)
+    pages = pages_for(plan)
+    pages.view()[:] = 255
+    pool = ArenaPool(plan, crew, pages)
+    arena = pool.acquire(Claim(), block=True)
+    assert arena.pages is pages
+    filled(arrays, arena=arena)
+    _, fresh = filled(arrays, arena=Arena(Pages(arena.capacity_bytes)))
+    assert (arena.bytes == fresh.bytes).all()
+    pool.close()
+
+
+def test_an_arena_that_is_needed_is_touched_no_further(monkeypatch, crew):
+    """And what was copied in meanwhile is not zeroed by those who touch."""
+    touched = threading.Event()
+    goes_on = threading.Event()
+
+    class Slow(Pages):
+        def view(self):
+            return super().view().view(Watched)
+
+    class Watched(np.ndarray):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            if isinstance(key, slice) and key.step is not None:
+                touched.set()
+                assert goes_on.wait(30)
+
+    monkeypatch.setattr(arena, "Pages", Slow)
+    array = random_array((3 * HUGE_PAGE,), "uint8")
+    pool = ArenaPool(plan_of([array]), crew)
+    assert touched.wait(30)
+    plan = plan_of([array])
+    taken = pool.acquire(Claim(), block=True)
+    threading.Timer(0.05, goes_on.set).start()
+    taken.bind(plan)
+    taken.begin([array].__getitem__).work()
+    crew.call(lambda: None)
+    pool.wait_touched()
+    assert (np.asarray(taken.bytes)[: array.nbytes] == array).all()
     pool.close()

@@ -14,6 +14,7 @@ from stepsave.format import layout
 from stepsave.format.records import DTYPES
 from stepsave.snapshot import filling, runs
 from stepsave.snapshot.arena import Arena
+from stepsave.snapshot.pages import Pages
 
 
 def leaf_bytes(plan, arena, number):
@@ -26,7 +27,7 @@ def leaf_bytes(plan, arena, number):
 def begun(arrays, **options):
     """An arena bound to the layout of some arrays, and a filling of it."""
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     return plan, arena, arena.begin(list(arrays).__getitem__, **options)
 
@@ -133,7 +134,7 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     monkeypatch.setattr(filling, "PIECE_BYTES", 10_000)
     arrays = [random_array((15_000,), "uint8", seed=i) for i in range(12)]
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     gate = threading.Event()
     taken = itertools.count()
@@ -174,7 +175,7 @@ def test_helpers_leave_small_chunks_to_the_thread_at_work(monkeypatch):
 def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
     arrays = [random_array((200_000,), "uint8", seed=i) for i in range(4)]
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
 
     def source(leaf):
@@ -217,7 +218,7 @@ def test_a_helper_that_fails_fails_the_caller():
         return arrays[leaf]
 
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     shared = arena.begin(source)
     helper = threading.Thread(target=shared.help)
@@ -239,7 +240,7 @@ def test_on_return_from_giving_up_nobody_copies_any_more():
         return arrays[leaf]
 
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     left_behind = arena.begin(source)
     helper = threading.Thread(target=left_behind.help)
@@ -267,7 +268,7 @@ def test_a_filling_that_is_led_ends_whole_although_its_save_was_given_up():
         return arrays[leaf]
 
     plan = plan_of(arrays)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     led = arena.begin(source, is_led=True)
     leader = threading.Thread(target=led.lead)
@@ -286,7 +287,7 @@ def test_the_state_is_let_go_when_it_is_copied():
     array = np.zeros(10)
     held = [array]
     plan = plan_of(held)
-    arena = Arena(plan.arena_bytes)
+    arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
     done = arena.begin(held.__getitem__)
     done.work()

@@ -15,7 +15,7 @@ from stepsave.format.tree import Note, encode_structure
 
 __all__ = (
     "StructureText",
-    "check_choice",
+    "check_choices",
     "check_directory",
     "check_step",
     "check_threads",
@@ -23,13 +23,24 @@ __all__ = (
 )
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises `ValueError` unless a value is one of the choices."""
-    if value not in choices:
-        expected = " or ".join(map(repr, choices))
-        raise ValueError(
-            f"Invalid value for argument `{name}`. Received: {name}={value!r}. Expected {expected}."
-        )
+_CHOICES = {
+    "when_busy": ("wait", "skip"),
+    "writer": ("auto", "direct", "tensorstore"),
+    "snapshot": ("auto", "device", "host"),
+    "resume": ("batch", "epoch"),
+    "history": ("new", "all"),
+}
+
+
+def check_choices(**given: object) -> None:
+    """Raises `ValueError` unless each argument, by its name, is one of its choices."""
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            expected = " or ".join(map(repr, _CHOICES[name]))
+            raise ValueError(
+                f"Invalid value for argument `{name}`. Received: {name}={value!r}. Expected "
+                f"{expected}."
+            )
 
 
 def check_threads(count: object) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from stepsave.engine.arguments import (
     StructureText,
-    check_choice,
+    check_choices,
     check_directory,
     check_step,
     check_threads,
@@ -21,6 +21,7 @@ from stepsave.engine.arguments import (
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.likeness import fit_to
 from stepsave.engine.read_only import ReadOnlyDirectory
+from stepsave.engine.reader import StoredBackup
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
@@ -35,8 +36,6 @@ from stepsave.threads import is_running
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 
 WhenBusy = Literal["wait", "skip"]
-
-_NOT_CLOSED = "stepsave: the checkpointer of {} was not closed. Use `with`, or call `close()`."
 
 
 class Checkpointer:
@@ -75,8 +74,7 @@ class Checkpointer:
                 for one, or `"skip"` this save and count it.
             writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file
                 system; `"auto"` takes the first where the file system supports it.
-            writer_threads: Background threads that write; None for a number that keeps a
-                local disk busy.
+            writer_threads: Background threads that write; None for enough for a local disk.
             snapshot: `"device"` copies the state within device memory and brings it to the
                 host while training goes on; `"host"` brings it to the host first; `"auto"`
                 takes the first on accelerators with that much memory to spare, as measured
@@ -90,14 +88,11 @@ class Checkpointer:
             BackupDirectoryError: If the directory cannot be used, or holds something else.
             DirectoryBusyError: If it is in use.
         """
-        check_choice("when_busy", when_busy, ("wait", "skip"))
-        check_choice("writer", writer, ("auto", "direct", "tensorstore"))
-        check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        check_choices(when_busy=when_busy, writer=writer, snapshot=snapshot)
         lanes = DEFAULT_LANES if writer_threads is None else check_threads(writer_threads)
         self._when_busy = when_busy
         self._store = LocalStore(check_directory(directory))
         self._log = SaveLog()
-        self._last_step = -1
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
         self._structure = StructureText()
@@ -109,18 +104,14 @@ class Checkpointer:
             else BackupDirectory(self._store, self._log, self._helpers)
         )
         try:
-            self._keeper.call(lambda: self._open(writer, lanes, double_checkpoint))
+            self._last_step = self._keeper.call(
+                lambda: self._directory.open(writer, lanes, double_checkpoint=double_checkpoint)
+            )
         except BaseException:
             # Behind the opening, which goes on if only its caller was interrupted.
             self._keeper.call(self._directory.release)
             self._end_threads()
             raise
-
-    def _open(self, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
-        self._directory.open(writer=writer, lanes=lanes, double_checkpoint=double_checkpoint)
-        committed = self._directory.committed
-        if committed is not None:
-            self._last_step = committed.step
 
     @property
     def directory(self) -> str:
@@ -153,7 +144,7 @@ class Checkpointer:
         self._capture.attach(items)
 
     def prepare(self, state: Any) -> None:
-        """Does ahead what the first save would have to do: layout, buffers, their pages.
+        """Does ahead what the first save would have to do; in the background what takes long.
 
         Args:
             state: A state like those that will be saved; its values do not matter.
@@ -263,17 +254,24 @@ class Checkpointer:
             InvalidStateError: If `like` could not be saved itself.
             BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
-        self._check_usable()
-        found, lost = self._keeper.call(self._directory.restore)
-        if lost:
-            warnings.warn(lost, stacklevel=2)
-        self._last_step = -1 if found is None else found.step
+        found = self.restore_leaves()
         if found is None:
             return None
         # Here, and not by the keeper: where arrays are put may depend on the caller's thread.
         source = f"{self.directory}, step {found.step}"
         state = found.state if like is None else fit_to(like, found.flat, source)
         return Backup(found.step, state, found.metadata, found.ended)
+
+    def restore_leaves(self) -> StoredBackup | None:
+        """`restore`, flat; the arrays are views of an arena, for saves when the last has gone."""
+        self._check_usable()
+        found, lost = self._keeper.call(self._directory.restore)
+        if lost:
+            warnings.warn(lost, stacklevel=3)
+        self._last_step = -1 if found is None else found.step
+        if found is not None:
+            self._capture.take_over(found.pages)
+        return found
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
@@ -326,8 +324,8 @@ class Checkpointer:
         self._settle()
         # Closing goes on if its caller is interrupted.
         self._keeper.call(lambda: self._shut(delete_backup=delete_backup, ended=ended))
-        for crew in (self._keeper, self._helpers):
-            crew.join()
+        self._keeper.join()
+        self._helpers.join()
         if self._close_error is not None:
             raise self._close_error
         self.raise_failed()
@@ -374,7 +372,8 @@ class Checkpointer:
             return
         # The next user must not find a save still being written.
         self._keeper.call(self._shut)
-        warnings.warn(_NOT_CLOSED.format(self._store.root), ResourceWarning, 1, source=self)
+        text = "stepsave: the checkpointer of {} was not closed. Use `with`, or call `close()`."
+        warnings.warn(text.format(self.directory), ResourceWarning, 1, source=self)
 
     def _check_usable(self) -> None:
         self._directory.check_held()

@@ -25,8 +25,11 @@ class BackupDirectory:
         self._helpers = helpers
         self._lock = DirectoryLock(store.root)
 
-    def open(self, *, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
+    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Makes the directory if needed, locks it, and sees what is in it.
+
+        Returns:
+            The step of the newest valid backup; -1 if there is none.
 
         Raises:
             BackupDirectoryError: If it cannot be used, or holds something else.
@@ -50,6 +53,7 @@ class BackupDirectory:
         self._writer = Writer(
             store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
         )
+        return -1 if self.committed is None else self.committed.step
 
     @property
     def committed(self) -> BackupRecord | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from stepsave.errors import BackupMismatchError, InvalidStateError
 from stepsave.format.tree import FlatState, flatten_state, rebuild
 from stepsave.snapshot.arrays import ArrayForm, HostArray
@@ -90,6 +92,6 @@ def _show(array: HostArray | ArrayForm) -> str:
 
 def _leaves(wanted: FlatState, arrays: Mapping[Path, HostArray], noted: Told) -> Iterator[Any]:
     for path, leaf in zip(wanted.paths, wanted.leaves, strict=True):
-        made = make_like(arrays[path], leaf)
+        made = make_like(np.asarray(arrays[path]), leaf)
         kind, value = noted.get(path, ("", None))
         yield wrap_key(made, value) if kind == "prng_key" else made

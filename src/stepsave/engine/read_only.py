@@ -34,7 +34,7 @@ class ReadOnlyDirectory:
         self._pid = os.getpid()
         self.is_released = False
 
-    def open(self, *, writer: WriterKind, lanes: int, double_checkpoint: bool) -> None:
+    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Looks whether there is such a directory; the arguments are for those who write.
 
         Raises:
@@ -42,6 +42,7 @@ class ReadOnlyDirectory:
         """
         del writer, lanes, double_checkpoint
         self._store.check_directory()
+        return -1  # nothing is saved here
 
     @property
     def committed(self) -> BackupRecord | None:

@@ -10,19 +10,24 @@ import numpy as np
 
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
 from stepsave.engine.markers import Markers
-from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
+from stepsave.errors import (
+    ArenaMemoryError,
+    CorruptBackupError,
+    FormatVersionError,
+    StepsaveError,
+)
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
-from stepsave.format.records import DTYPES, BackupRecord, ChunkSpec, LayoutPlan
+from stepsave.format.records import DTYPES, BackupRecord, LayoutPlan
 from stepsave.format.tree import FlatState, decode_structure, unflatten
-from stepsave.snapshot.arena import allocate_pages
+from stepsave.snapshot.arena import pages_for
+from stepsave.snapshot.arrays import SavedArray, ScatteredArray
+from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
 
 __all__ = ("StoredBackup", "read_backup", "restore_newest")
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _ADVICE = (
     "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
@@ -32,30 +37,29 @@ _READ_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Shard:
-    """A shard in memory, verified."""
-
-    data: Bytes
-    digest: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class StoredBackup:
     """A backup as it is on disk.
 
     Attributes:
         step: Its step.
         metadata: Its metadata.
-        flat: Its state as it was saved, flat.
-        state: The same with NumPy arrays, in dicts, lists and tuples.
+        flat: Its state as it was saved, flat. Its arrays are views of `pages`, those of several
+            chunks in pieces.
         ended: Whether its training has come to its end since.
+        pages: The memory, lent as long as any of these views lives.
     """
 
     step: int
     metadata: dict[str, Any]
     flat: FlatState
-    state: Any
     ended: bool
+    pages: Pages
+
+    @property
+    def state(self) -> Any:
+        """The state with whole NumPy arrays, in dicts, lists and tuples."""
+        flat = self.flat
+        return unflatten(flat.paths, [np.asarray(leaf) for leaf in flat.leaves], flat.notes)
 
 
 def restore_newest(
@@ -114,9 +118,11 @@ def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
 def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
-    Sizes of all files are checked before memory is allocated.
+    All of it is read into memory that is an arena's afterwards, so that none is touched for the
+    restore alone. Sizes of all files are checked before memory is allocated.
 
     Raises:
+        ArenaMemoryError: If there is no memory for it.
         CorruptBackupError: If anything is missing, truncated or altered, naming the file.
         OSError: If the file system fails.
     """
@@ -134,25 +140,19 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Store
     for number in range(plan.shard_count):
         _check_size(store, record, orbax.shard_path(number), plan.shard_bytes)
 
-    shards: dict[int, Bytes] = {}
-
-    def read(number: int) -> None:
-        shard = _read_shard(store, record, plan, number)
-        if shard.digest != record.shard_digests[number]:
-            path = store.path(f"{record.directory}/{orbax.shard_path(number)}")
-            raise CorruptBackupError(
-                f"{path}: expected the shard with digest {record.shard_digests[number]:08x}, "
-                f"found {shard.digest:08x}: a shard of another save. {_ADVICE}"
-            )
-        shards[number] = shard.data
-
-    helpers.share(range(plan.shard_count), read, helpers=_READ_THREADS - 1)
-    leaves = _assemble(plan, [shards[number] for number in range(plan.shard_count)])
+    pages = _make_pages(store, plan)
+    memory = pages.lend()
+    helpers.share(
+        range(plan.shard_count),
+        lambda number: _read_shard(store, record, plan, number, memory),
+        helpers=_READ_THREADS - 1,
+    )
+    leaves = _view_leaves(plan, memory)
     paths = [leaf.path for leaf in plan.leaves]
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
     try:
         notes = decode_structure(training.get("structure"))
-        state = unflatten(paths, leaves, notes)
+        unflatten(paths, leaves, notes)
     except FormatVersionError as e:
         raise FormatVersionError(f"{store.path(record.directory)}/{TRAINING_PATH}: {e}") from e
     except (ValueError, TypeError, LookupError) as e:
@@ -161,7 +161,17 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Store
             f"arrays, found {e!r}. {_ADVICE}"
         ) from e
     flat = FlatState(paths, leaves, notes)
-    return StoredBackup(record.step, training["metadata"], flat, state, record.ended)
+    return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
+
+
+def _make_pages(store: LocalStore, plan: LayoutPlan) -> Pages:
+    try:
+        return pages_for(plan)
+    except (OSError, MemoryError) as e:
+        raise ArenaMemoryError(
+            f"{store.root}: cannot map {plan.arena_bytes / 2**20:.0f} MiB of memory for the "
+            f"backup: {e}. Free memory, raise the limit on it (ulimit -v), or use a larger machine."
+        ) from e
 
 
 def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:
@@ -187,12 +197,14 @@ def _check_size(store: LocalStore, record: BackupRecord, path: str, expected: in
         )
 
 
-def _read_shard(store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int) -> _Shard:
+def _read_shard(
+    store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int, arena: Bytes
+) -> None:
+    """Reads a shard to its place in an arena, and verifies it there."""
     path = f"{record.directory}/{orbax.shard_path(number)}"
-    data = allocate_pages(plan.shard_bytes)
-    memory = data.data
-    store.read_into(path, memory)
     start_bytes = number * plan.shard_bytes
+    memory = arena[start_bytes : start_bytes + plan.shard_bytes].data
+    store.read_into(path, memory)
     checksums = bytearray()
     for chunk in plan.shard_chunks[number]:
         begin = chunk.offset_bytes - start_bytes
@@ -207,27 +219,26 @@ def _read_shard(store: LocalStore, record: BackupRecord, plan: LayoutPlan, numbe
                 f"{int.from_bytes(found, 'little'):08x}. {_ADVICE}"
             )
         checksums += stored
-    return _Shard(data, crc32c(bytes(checksums)))
+    digest, expected = crc32c(bytes(checksums)), record.shard_digests[number]
+    if digest != expected:
+        raise CorruptBackupError(
+            f"{store.path(path)}: expected the shard with digest {expected:08x}, found "
+            f"{digest:08x}: a shard of another save. {_ADVICE}"
+        )
 
 
-def _assemble(plan: LayoutPlan, shards: list[Bytes]) -> list[Any]:
-    """Returns the leaves: views of the shards, or copies where a leaf has many chunks."""
-    parts: list[list[ChunkSpec]] = [[] for _ in plan.leaves]
+def _view_leaves(plan: LayoutPlan, arena: Bytes) -> list[SavedArray]:
+    """Returns the leaves as views of the arena that they were read into."""
+    parts: list[list[Bytes]] = [[] for _ in plan.leaves]
     for chunk in plan.chunks:
-        parts[chunk.leaf].append(chunk)
-    leaves: list[Any] = []
-    for leaf, chunks in zip(plan.leaves, parts, strict=True):
-        if len(chunks) == 1 and chunks[0].data_bytes == leaf.size_bytes:
-            data = _bytes_of(plan, shards, chunks[0])
+        parts[chunk.leaf].append(arena[chunk.offset_bytes : chunk.offset_bytes + chunk.data_bytes])
+    leaves: list[SavedArray] = []
+    for leaf, pieces in zip(plan.leaves, parts, strict=True):
+        dtype = DTYPES[leaf.dtype]
+        if len(pieces) == 1:
+            leaves.append(pieces[0].view(dtype).reshape(leaf.shape))
+        elif not pieces:  # without elements
+            leaves.append(np.empty(leaf.shape, dtype))
         else:
-            data = np.empty(leaf.size_bytes, np.uint8)
-            for chunk in chunks:
-                end = chunk.source_bytes + chunk.data_bytes
-                data[chunk.source_bytes : end] = _bytes_of(plan, shards, chunk)
-        leaves.append(data.view(DTYPES[leaf.dtype]).reshape(leaf.shape))
+            leaves.append(ScatteredArray(leaf.shape, dtype, tuple(pieces)))
     return leaves
-
-
-def _bytes_of(plan: LayoutPlan, shards: list[Bytes], chunk: ChunkSpec) -> Bytes:
-    number, begin = divmod(chunk.offset_bytes, plan.shard_bytes)
-    return shards[number][begin : begin + chunk.data_bytes]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import keras
 
-from stepsave.engine.arguments import check_choice, check_threads
+from stepsave.engine.arguments import check_choices, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
 from stepsave.errors import DirectoryBusyError
 from stepsave.fit import keras_internals
@@ -119,10 +119,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
-        check_choice("resume", resume, ("batch", "epoch"))
-        check_choice("history", history, ("new", "all"))
-        check_choice("when_busy", when_busy, ("wait", "skip"))
-        check_choice("snapshot", snapshot, ("auto", "device", "host"))
+        check_choices(resume=resume, history=history, when_busy=when_busy, snapshot=snapshot)
         self.resume = resume
         self.history = history
         self.save_before_preemption = save_before_preemption

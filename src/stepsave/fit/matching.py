@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from stepsave.snapshot.arrays import HostArray
+from stepsave.snapshot.arrays import SavedArray
 
 __all__ = ("COLLECTIONS", "Pair", "fit_value", "is_metric", "match")
 
@@ -23,12 +23,12 @@ COLLECTIONS = (
 """As in `keras.Model.get_state_tree`, and in the order of JAX's training state."""
 
 Path = tuple[str, ...]
-Pair = tuple[Any, Path, HostArray]
+Pair = tuple[Any, Path, SavedArray]
 
 
 def match(
     mine: Mapping[Path, Any],
-    saved: Mapping[Path, HostArray],
+    saved: Mapping[Path, SavedArray],
     *,
     optional: AbstractSet[Path],
     unbuilt: AbstractSet[Path],
@@ -151,8 +151,8 @@ def _by_name(paths: Iterable[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]
 
 
 def fit_value(
-    variable: Any, array: HostArray, saved_backend: str | None
-) -> tuple[HostArray | None, str]:
+    variable: Any, array: SavedArray, saved_backend: str | None
+) -> tuple[SavedArray | None, str]:
     """Returns a saved array as a variable takes it; or None, and why it does not."""
     dtype = keras.backend.standardize_dtype(variable.value.dtype)
     shape = tuple(variable.shape)
@@ -166,9 +166,9 @@ def fit_value(
     # and int32 elsewhere, seeds are uint32, int64 and int32.
     crosses = saved_backend is not None and saved_backend != keras.backend.backend()
     if crosses and array.dtype.kind in "iu" and dtype.lstrip("u").startswith("int"):
-        limits = np.iinfo(dtype)
-        if array.size == 0 or limits.min <= array.min() <= array.max() <= limits.max:
-            return array.astype(dtype), ""
+        limits, whole = np.iinfo(dtype), np.asarray(array)
+        if whole.size == 0 or limits.min <= whole.min() <= whole.max() <= limits.max:
+            return whole.astype(dtype), ""
         return None, f"{problem}, with values that do not fit"
     return None, problem
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.reader import StoredBackup
 from stepsave.errors import BackupMismatchError, ChangedTrainingWarning
 from stepsave.fit import keras_internals
 from stepsave.fit.companions import Companions, Start
@@ -16,7 +17,6 @@ from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.loop import FitLoop
 from stepsave.fit.phases import BackupOf, Phases
 from stepsave.fit.state import RestoredFit, restore_fit
-from stepsave.format.records import Backup
 
 __all__ = ("Resuming",)
 
@@ -61,7 +61,7 @@ class Resuming:
         if others is not None and (newest is None or newest.step <= others.global_step):
             owner.begin_at(others)
             return None
-        backup = saver.restore()
+        backup = saver.restore_leaves()
         if backup is None:
             return None
         start, restored = self._go_on_from(backup)
@@ -72,7 +72,7 @@ class Resuming:
             self.loop.resume(None if restored is None else restored.resume(self.model, siblings))
         return restored
 
-    def _go_on_from(self, backup: Backup) -> tuple[Start, RestoredFit | None]:
+    def _go_on_from(self, backup: StoredBackup) -> tuple[Start, RestoredFit | None]:
         """Restores a backup, unless it belongs to another `fit`; warns of what has changed.
 
         Returns:
@@ -102,7 +102,7 @@ class Resuming:
             _warn(doubt)
         return start, restored
 
-    def _leave_to_later(self, backup: Backup) -> Start:
+    def _leave_to_later(self, backup: StoredBackup) -> Start:
         whose = f"The backup of step {backup.step} is of a later `fit` of this script"
         if self.epochs is None:
             raise BackupMismatchError(
@@ -116,7 +116,7 @@ class Resuming:
         )
         return Start(backup.step, self.epochs, 0, keeps_backup=True)
 
-    def _start(self, backup: Backup, restored: RestoredFit) -> Start:
+    def _start(self, backup: StoredBackup, restored: RestoredFit) -> Start:
         loop, epochs = self.loop, self.epochs
         if loop is not None:
             change = restored.fit_to(loop.batching)

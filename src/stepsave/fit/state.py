@@ -18,6 +18,7 @@ import numpy as np
 
 from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.reader import StoredBackup
 from stepsave.errors import ChangedTrainingWarning, CorruptBackupError
 from stepsave.fit import callback_states, keras_internals
 from stepsave.fit.data_position import Batching, Resume, Stream
@@ -32,7 +33,7 @@ from stepsave.fit.variables import (
     restore_variables,
 )
 from stepsave.format.packing import pack, unpack
-from stepsave.format.records import Backup
+from stepsave.format.tree import unflatten
 from stepsave.position import TrainingPosition
 from stepsave.rng import RngState
 
@@ -329,7 +330,7 @@ class RestoredFit:
 
 
 def restore_fit(
-    model: Any, backup: Backup, batch_spec: Callable[[], Any] | None = None
+    model: Any, backup: StoredBackup, batch_spec: Callable[[], Any] | None = None
 ) -> RestoredFit:
     """Assigns the variables of a backup to a model: all of them, or none.
 
@@ -347,17 +348,20 @@ def restore_fit(
     document = metadata.get("resume")
     if document is not None and not isinstance(document.get("callbacks"), list):
         raise CorruptBackupError(f"Impossible state of a fit in the backup: {document!r:.200}.")
-    state = dict(backup.state)
+    flat = backup.flat
+    state = dict(unflatten(flat.paths, flat.leaves, flat.notes))
     metrics = state[_COLLECTION] = dict(state.get(_COLLECTION, {}))
     ours: Mapping[str, Any] = metrics.pop(_OURS, {})
     arrays, seed = ours.get("callbacks", {}), ours.get("rng", {}).get("keras")
     if _BELOW in ours:
         metrics[_OURS] = {_BELOW: ours[_BELOW]}
     prepare_model(model, metadata.get("build_config"), batch_spec)
-    in_order = [arrays[key] for key in sorted(arrays, key=int)]
+    # Copies: callbacks keep them, and the memory that they were restored into is for saves.
+    in_order = [np.array(arrays[key]) for key in sorted(arrays, key=int)]
     own_state = metadata.get("saveables", ()), in_order
     variables = restore_variables(model, state, metadata.get("backend"), own_state)
-    return RestoredFit(position, variables, document, in_order, seed)
+    keras_seed = None if seed is None else np.array(seed)
+    return RestoredFit(position, variables, document, in_order, keras_seed)
 
 
 def _build_config(model: Any) -> Any:

@@ -16,7 +16,8 @@ from stepsave.fit.keras_internals import is_built
 from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, is_metric, match
 from stepsave.fit.saveables import SAVEABLES, OwnState, Saveables
 from stepsave.format.tree import flatten
-from stepsave.snapshot.arrays import HostArray
+from stepsave.snapshot.arrays import SavedArray
+from stepsave.snapshot.leaves import assign
 
 __all__ = ("ModelVariables", "Restored", "prepare_model", "restore_variables")
 
@@ -150,7 +151,7 @@ class Restored:
         self._state = state
         self._backend = saved_backend
         self._own_state = own_state
-        self._assigned: list[tuple[Any, HostArray, Any]] = []
+        self._assigned: list[tuple[Any, SavedArray, Any]] = []
 
     @property
     def lacks_metrics(self) -> bool:
@@ -159,7 +160,7 @@ class Restored:
         saved = [path for path in flatten(self._state)[0] if is_metric(path)]
         return len(saved) > sum(id(v) in known for v in self._model.metrics_variables)
 
-    def note(self, variables: Sequence[Any], values: Sequence[HostArray]) -> None:
+    def note(self, variables: Sequence[Any], values: Sequence[SavedArray]) -> None:
         for variable, value in zip(variables, values, strict=True):
             self._assigned.append((variable, value, _mark(variable.value)))
 
@@ -173,7 +174,7 @@ class Restored:
         """Assigns what was changed since, and metrics that did not exist then; then forgets."""
         for variable, value, mark in self._assigned:
             if mark is None or _mark(variable.value) != mark:
-                variable.assign(value)
+                assign(variable, value)
         known = {id(variable) for variable, _, _ in self._assigned}
         now = ModelVariables(self._model)
         pairs = _match(now, self._state)[0]
@@ -181,7 +182,7 @@ class Restored:
             if id(variable) not in known:
                 value, _ = fit_value(variable, array, self._backend)
                 if value is not None:
-                    variable.assign(value)
+                    assign(variable, value)
         now.below.tell(self._own_state or ((), ()))
         self._warn_of_new_metrics(now, {id(variable) for variable, _, _ in pairs})
         self.forget()
@@ -256,7 +257,7 @@ def restore_variables(
     """
     now = ModelVariables(model)
     pairs, problems = _match(now, state)
-    values: list[HostArray] = []
+    values: list[SavedArray] = []
     for variable, path, array in pairs:
         value, problem = fit_value(variable, array, saved_backend)
         if value is None:
@@ -283,9 +284,12 @@ def restore_variables(
 def _assign_all(
     now: ModelVariables,
     variables: Sequence[Any],
-    values: Sequence[HostArray],
+    values: Sequence[SavedArray],
     own_state: OwnState,
 ) -> None:
+    # On torch values are overwritten in place, so a copy of all would be needed to go back. It is
+    # not made where nothing but an interrupt comes between: then all is assigned, instead of none.
+    keeps = keras.backend.backend() != "torch" or now.below.must_be_asked
     before: list[Any] = []
     arrays: list[Any] = []
     try:
@@ -294,13 +298,19 @@ def _assign_all(
         own_before = []
     try:
         for variable, value in zip(variables, values, strict=True):
-            before.append(_keep(variable.value))
-            variable.assign(value)
+            if keeps:
+                before.append(_keep(variable.value))
+            assign(variable, value)
         now.below.tell(own_state)
     except BaseException:  # out of device memory, an interrupt: no partial assignment, ever
-        for variable, old in zip(variables, before, strict=False):
-            variable.assign(old)
-        now.below.tell((own_before, arrays))
+        if keeps:
+            for variable, old in zip(variables, before, strict=False):
+                variable.assign(old)
+            now.below.tell((own_before, arrays))
+        else:
+            for variable, value in zip(variables, values, strict=True):
+                assign(variable, value)
+            now.below.tell(own_state)
         raise
 
 

@@ -1,34 +1,20 @@
-"""Host buffers for snapshots: two arenas, allocated and touched once.
-
-While one arena is being written the other can be filled (double buffering). Memory that is
-touched for the first time costs up to fifty times a copy into warm memory, so arenas are
-touched in the background as soon as their size is known and never given back before `close`.
-"""
+"""Host buffers for snapshots: two arenas, so that one can be filled while the other is written."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import mmap
 import os
 import warnings
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from stepsave.errors import ArenaMemoryError
 from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.filling import Filling
-from stepsave.snapshot.runs import Run, Source, compile_runs, digest_shard
-from stepsave.threads import Crew, Latch
+from stepsave.snapshot.pages import HUGE_PAGE_BYTES, Bytes, Pages, Touching, available_bytes
+from stepsave.snapshot.runs import Run, Source, compile_runs, digest_shard, gaps
+from stepsave.threads import Crew, Fate, Latch
 
-__all__ = ("Arena", "ArenaPool", "Claim", "allocate_pages", "copy_thread_count")
+__all__ = ("Arena", "ArenaPool", "Claim", "copy_thread_count", "pages_for")
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-_HUGE_PAGE_BYTES = 2 << 20
 # Room for the few metrics that Keras on TensorFlow builds only in the first step: the
 # layout then grows by some bytes, and the arenas need not be made again.
 _SLACK_BYTES = 1 << 20
@@ -41,66 +27,71 @@ def copy_thread_count() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def allocate_pages(size_bytes: int, *, inherited: bool = True) -> Bytes:
-    """Returns page-aligned memory, as direct input and output need it, in large pages if it can.
+def pages_for(plan: LayoutPlan) -> Pages:
+    """Returns memory that is an arena's, as large as one for this plan is made.
 
-    It reads as zeros, and costs time when it is first touched.
-
-    Args:
-        size_bytes: How much.
-        inherited: Whether children made by `fork` see it. If they do, each page that is
-            written while they live is first copied.
+    Raises:
+        OSError: If the system has no room, or a limit forbids it.
     """
-    # Private, because most kernels give no large pages to shared memory, the default.
-    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(mapping, "MADV_HUGEPAGE")
-    if not inherited:
-        _advise(mapping, "MADV_DONTFORK")
-    return np.frombuffer(mapping, np.uint8)
+    return Pages(_capacity_bytes(plan))
 
 
-def _advise(mapping: mmap.mmap, advice: str) -> None:
-    option = getattr(mmap, advice, None)
-    if option is not None:
-        with contextlib.suppress(OSError):  # a kernel that does not know it; it is only faster
-            mapping.madvise(option)
+def _capacity_bytes(plan: LayoutPlan) -> int:
+    return -(-(plan.arena_bytes + _SLACK_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
 class Arena:
     """One page-aligned host buffer, seen through a layout plan."""
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.bytes = allocate_pages(capacity_bytes, inherited=False)
+    def __init__(self, pages: Pages, *, is_blank: bool = True) -> None:
+        """Touches nothing.
+
+        Args:
+            pages: The memory.
+            is_blank: Whether it is known to be zeros.
+        """
+        self.pages = pages
+        self.capacity_bytes = pages.size_bytes
+        self.bytes = pages.view()
         self.claim: Claim | None = None
         self.filling: Filling | None = None  # the last one
+        self.touching: Touching | None = None
+        self._is_blank = is_blank
         # Both in one: no interruption leaves the views of one plan under the name of another.
         self._bound: tuple[LayoutPlan, list[Run]] | None = None
 
-    def touch(self, part: int, parts: int) -> None:
-        """Makes a share of the pages present, so that no snapshot pays for page faults."""
-        share_bytes = -(-self.capacity_bytes // parts // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        self.bytes[part * share_bytes : (part + 1) * share_bytes : mmap.PAGESIZE] = 0
+    def touch(self, crew: Crew) -> None:
+        """Has its pages made present in the background, so that no snapshot pays for it."""
+        self.touching = Touching(self.bytes, crew)
 
     @property
     def is_free(self) -> bool:
+        """Whether neither a save nor somebody who restored has a hold on it."""
+        return self.is_unclaimed and not self.pages.is_lent
+
+    @property
+    def is_unclaimed(self) -> bool:
         """Whether no save has a hold on it."""
         return self.claim is None or self.claim.is_over
 
     def bind(self, plan: LayoutPlan) -> None:
-        """Prepares the views through which a state of this plan is copied in."""
+        """Prepares the views through which a state of this plan is copied in; writes nothing."""
         bound = self._bound
-        if bound is not None and bound[0] is plan:
-            return
-        if bound is not None:
-            # Gaps and chunk padding must be zeros, whatever another plan had there.
-            self.bytes[:] = 0
-        self._bound = plan, compile_runs(plan, self.bytes)
+        if bound is None or bound[0] is not plan:
+            self._is_blank = self._is_blank and bound is None
+            self._bound = plan, compile_runs(plan, self.bytes)
 
     def begin(self, source: Source, *, is_led: bool = False) -> Filling:
         """Begins to fill the arena with a state of the bound plan."""
         assert self._bound is not None
         plan, runs = self._bound
+        if self.touching is not None:
+            self.touching.stop()
+            self.touching = None
+        if not self._is_blank:
+            for begin, end in gaps(plan, self.capacity_bytes):
+                self.bytes[begin:end] = 0  # whatever another plan had there
+            self._is_blank = True
         self.filling = Filling(runs, plan, source, is_led=is_led)
         return self.filling
 
@@ -131,7 +122,7 @@ class Claim:
 
     def __init__(self) -> None:
         self.number = next(_numbers)
-        self._fate: dict[None, str] = {}
+        self._fate = Fate()
         self.released = Latch()
 
     @property
@@ -140,7 +131,7 @@ class Claim:
 
     def accept(self) -> bool:
         """For the thread that writes: whether the save is its to write."""
-        return self._fate.setdefault(None, "accepted") == "accepted"
+        return self._fate.accept()
 
     def release(self) -> None:
         """For the thread that writes: the arena may be used again."""
@@ -148,7 +139,7 @@ class Claim:
 
     def drop(self) -> bool:
         """For the caller: whether the save is given up, and nobody will write it."""
-        is_dropped = self._fate.setdefault(None, "dropped") == "dropped"
+        is_dropped = self._fate.drop()
         if is_dropped:
             self.released.open()
         return is_dropped
@@ -161,32 +152,46 @@ class ArenaPool:
     whatever is interrupted. Used by one thread; claims end on others.
     """
 
-    def __init__(self, plan: LayoutPlan, crew: Crew) -> None:
-        """Allocates two arenas, or one when memory is short, and has the crew touch them.
+    def __init__(self, plan: LayoutPlan, crew: Crew, restored: Pages | None = None) -> None:
+        """Makes two arenas, or one when memory is short, and has the crew touch them.
+
+        Args:
+            plan: Of the states that they are for.
+            crew: Threads that touch, and help to copy.
+            restored: Memory that a backup was restored into, to be one of them if it is large
+                enough; when those who have views of it have let go of them.
 
         Raises:
             ArenaMemoryError: If not even one fits.
         """
-        capacity_bytes = -(-(plan.arena_bytes + _SLACK_BYTES) // _HUGE_PAGE_BYTES)
-        capacity_bytes *= _HUGE_PAGE_BYTES
-        self._threads = copy_thread_count()
-        # Read by the crew: an interruption must leave no file open.
-        self._arenas = _allocate(capacity_bytes, crew.call(_available_bytes))
         self._crew = crew
-        self._touched: list[Latch] = []
-        for arena in self._arenas:
-            for part in range(self._threads):
-                touched = Latch()
-                crew.put(functools.partial(_touch, arena, part, self._threads, touched))
-                self._touched.append(touched)
+        self._threads = copy_thread_count()
+        self.capacity_bytes = _capacity_bytes(plan)
+        self._arenas: list[Arena] = []
+        if restored is not None and restored.size_bytes >= self.capacity_bytes:
+            self.capacity_bytes = restored.size_bytes
+            self._arenas.append(Arena(restored, is_blank=False))
+        available = self._available_bytes()
+        while len(self._arenas) < 2 and self._add_one(available):
+            available = None if available is None else available - self.capacity_bytes
+        if not self._arenas:
+            raise ArenaMemoryError(
+                f"A host copy of the training state needs {_mebibytes(self.capacity_bytes)}, but "
+                f"available memory is {_mebibytes(available)}. Free memory, use a larger machine, "
+                "or save a smaller state."
+            )
+        if len(self._arenas) == 1:
+            warnings.warn(
+                "stepsave: two host copies of the training state need 2 x "
+                f"{_mebibytes(self.capacity_bytes)}, but available memory is "
+                f"{_mebibytes(available)} beside the first. Using one: a save that is due while "
+                "the one before it is being written has to wait for it.",
+                stacklevel=2,
+            )
 
     @property
     def count(self) -> int:
         return len(self._arenas)
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._arenas[0].capacity_bytes
 
     @property
     def memories(self) -> list[Bytes]:
@@ -194,9 +199,10 @@ class ArenaPool:
         return [arena.bytes for arena in self._arenas]
 
     def wait_touched(self) -> None:
-        """Returns when all pages are present."""
-        for touched in self._touched:
-            touched.wait()
+        """Returns when all pages are present that nobody needed before."""
+        for arena in self._arenas:
+            if arena.touching is not None:
+                arena.touching.wait()
 
     def acquire(self, claim: Claim, *, block: bool) -> Arena | None:
         """Lends a free arena.
@@ -204,36 +210,40 @@ class ArenaPool:
         Args:
             claim: Of the save; until it is over the arena is the save's.
             block: Whether to wait for one; else None is returned when all are in use.
+
+        Raises:
+            ArenaMemoryError: If all memory is still with somebody who restored, and there is no
+                more.
         """
-        self.wait_touched()
         while True:
             self._quiet_free()
             for arena in self._arenas:
                 if arena.is_free:
                     arena.claim = claim
+                    arena.pages.keep_from_children()
                     return arena
+            if self._replace_lent():
+                continue
             if not block:
                 return None
             # Saves are written in the order in which they were begun: the other one is later.
             claims = [arena.claim for arena in self._arenas if arena.claim is not None]
-            min(claims, key=lambda claim: claim.number).released.wait()
+            going_on = [claim for claim in claims if not claim.is_over]
+            if going_on:  # else one has ended since
+                min(going_on, key=lambda claim: claim.number).released.wait()
 
     def close(self) -> None:
         """Returns when nobody uses the memory any more. It goes when the last view of it does."""
-        self.wait_touched()
+        for arena in self._arenas:
+            if arena.touching is not None:
+                arena.touching.stop()
         self._quiet_free()
 
-    def _quiet_free(self) -> None:
-        """Ends what an interrupted call may have left going on in arenas that are free."""
-        for arena in self._arenas:
-            if arena.is_free and arena.filling is not None:
-                arena.filling.give_up()
-
     def bind(self, plan: LayoutPlan) -> None:
-        """Prepares the free arenas for states of this plan, so that no save pays for it."""
-        self.wait_touched()
+        """Prepares the arenas for states of this plan, so that no save pays for it."""
+        self._quiet_free()
         for arena in self._arenas:
-            if arena.is_free:
+            if arena.is_unclaimed:
                 arena.bind(plan)
 
     def fill(self, filling: Filling) -> None:
@@ -250,53 +260,48 @@ class ArenaPool:
         for _ in range(self._threads - 1):
             self._crew.put(filling.help)  # what it raises, all who wait for it raise
 
+    def _quiet_free(self) -> None:
+        """Ends what an interrupted call may have left going on in arenas that are free."""
+        for arena in self._arenas:
+            if arena.is_unclaimed and arena.filling is not None:
+                arena.filling.give_up()
 
-def _touch(arena: Arena, part: int, parts: int, touched: Latch) -> None:
-    try:
-        arena.touch(part, parts)
-    finally:
-        touched.open()
+    def _replace_lent(self) -> bool:
+        """Makes another arena for one that is lent; tells whether there is one now.
 
-
-def _allocate(capacity_bytes: int, available_bytes: int | None) -> list[Arena]:
-    arenas: list[Arena] = []
-    for number in range(2):
-        fits = available_bytes is None or capacity_bytes * (number + 1) <= available_bytes
-        try:
-            if fits:
-                arenas.append(Arena(capacity_bytes))
-        except (OSError, MemoryError):  # an address-space limit, say
-            fits = False
-        if not fits:
-            break
-    size = f"{capacity_bytes / 2**20:.0f} MiB"
-    found = "unknown" if available_bytes is None else f"{available_bytes / 2**20:.0f} MiB"
-    if not arenas:
+        Those who restored may keep their arrays as long as they like.
+        """
+        lent = [arena for arena in self._arenas if arena.is_unclaimed and arena.pages.is_lent]
+        if not lent:
+            return False
+        available = self._available_bytes()
+        if self._add_one(available):
+            self._arenas.remove(lent[0])
+            return True
+        if len(lent) < len(self._arenas):
+            return False
         raise ArenaMemoryError(
-            f"A host copy of the training state needs {size}, but available memory is {found}. "
-            "Free memory, use a larger machine, or save a smaller state."
+            "The arrays of a restored backup are still in use, and another host copy of the "
+            f"training state needs {_mebibytes(self.capacity_bytes)}, but available memory is "
+            f"{_mebibytes(available)}. Let go of them (`del backup`) before the first save, or "
+            "free memory."
         )
-    if len(arenas) == 1:
-        warnings.warn(
-            f"stepsave: two host copies of the training state need 2 x {size}, but available "
-            f"memory is {found}. Using one: a save that is due while the one before it is "
-            "being written has to wait for it.",
-            stacklevel=2,
-        )
-    return arenas
+
+    def _add_one(self, available: int | None) -> bool:
+        if available is not None and self.capacity_bytes > available:
+            return False
+        try:
+            arena = Arena(Pages(self.capacity_bytes))
+        except (OSError, MemoryError):  # an address-space limit, say
+            return False
+        arena.touch(self._crew)
+        self._arenas.append(arena)
+        return True
+
+    def _available_bytes(self) -> int | None:
+        # Read by the crew: an interruption must leave no file open.
+        return self._crew.call(available_bytes)
 
 
-def _available_bytes() -> int | None:
-    """Memory that can be used without swapping, as far as the system tells."""
-    found: list[int] = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = meminfo.read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    # A container's own limit, cgroup v2; a missing file or "max" means no limit.
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists():
-        text = limit.read_text().strip()
-        if text.isdecimal():
-            found.append(max(0, int(text) - int(used.read_text())))
-    return min(found, default=None)
+def _mebibytes(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else f"{size_bytes / 2**20:.0f} MiB"

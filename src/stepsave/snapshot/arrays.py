@@ -16,8 +16,11 @@ from stepsave.format.records import DTYPES
 __all__ = (
     "ArrayForm",
     "HostArray",
+    "SavedArray",
+    "ScatteredArray",
     "backend_of",
     "backends_of",
+    "bytes_of",
     "device_name",
     "dtype_name",
     "unwrap",
@@ -33,6 +36,39 @@ class ArrayForm:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScatteredArray:
+    """A large array as pieces of memory; `np.asarray` puts them together in memory of its own.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        parts: Its bytes in C order, one after the other.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    parts: tuple[np.ndarray[Any, np.dtype[np.uint8]], ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
+        if copy is False:
+            raise ValueError("an array in pieces cannot be had without a copy")
+        whole = np.empty(self.shape, self.dtype)
+        np.concatenate(self.parts, out=whole.reshape(-1).view(np.uint8))
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+SavedArray = HostArray | ScatteredArray
+"""An array that was read from a backup."""
+
+
+def bytes_of(array: SavedArray) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], ...]:
+    """Returns the bytes of an array in C order, as one or several pieces of memory."""
+    if isinstance(array, ScatteredArray):
+        return array.parts
+    return (np.ascontiguousarray(array).reshape(-1).view(np.uint8),)
 
 
 Viewer = Callable[[Sequence[Any]], list[HostArray]]

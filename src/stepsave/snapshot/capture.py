@@ -27,6 +27,7 @@ from stepsave.snapshot.arrays import (
     view_on_host,
 )
 from stepsave.snapshot.filling import Filling
+from stepsave.snapshot.pages import Pages
 from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
 from stepsave.threads import Crew
 
@@ -93,6 +94,7 @@ class Capture:
         self._filling: Filling | None = None
         self._drain = drain
         self._pool: ArenaPool | None = None
+        self._restored: Pages | None = None
         self._structure: _Structure | None = None
         self._items: Mapping[str, Mapping[str, str]] = {}
 
@@ -110,8 +112,13 @@ class Capture:
             self._structure = None
             self._items = items
 
+    def take_over(self, restored: Pages) -> None:
+        """Uses memory that a backup was restored into for an arena, if none were made yet."""
+        if self._pool is None:
+            self._restored = restored
+
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
-        """Compiles the layout and makes the arenas, all pages present."""
+        """Compiles the layout and makes the arenas; their pages come in the background."""
         arrays = self._view(paths, unwrap(leaves))
         pool, structure = self._fit(paths, arrays, device_name(leaves))
         pool.bind(structure.blueprint.plan)
@@ -155,6 +162,7 @@ class Capture:
     def close(self) -> None:
         """Lets go of the arenas. No snapshot may be in use."""
         self._drop_pool()
+        self._restored = None
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -222,7 +230,8 @@ class Capture:
             self._drop_pool()  # before new ones are made: there may be no room for both
             pool = None
         if pool is None:
-            pool = self._pool = ArenaPool(plan, self._crew)
+            pool = self._pool = ArenaPool(plan, self._crew, self._restored)
+            self._restored = None
             self._pin()
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
         structure = self._structure = _Structure(

@@ -16,6 +16,9 @@ from stepsave.format.tree import Fields, NotedLeaf
 
 _ArrayImpl = type(jnp.zeros(0))
 
+_ALIGNMENT_BYTES = 64
+"""At least of what XLA shares on the CPU."""
+
 __all__ = (
     "describe",
     "device_name",
@@ -124,11 +127,23 @@ def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise InvalidStateError(f"JAX has no {array.dtype} now. Set `jax_enable_x64`.")
     if _is_on_cpu(like):
-        array = array.copy()  # `device_put` shares memory that happens to be aligned, always
+        array = _copy_aligned(array)
     if like.committed:
         return jax.device_put(array, like.sharding)
     made = jax.device_put(array)
     return made if made.sharding == like.sharding else jax.device_put(made, like.sharding)
+
+
+def _copy_aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Returns a copy that `device_put` takes as it is: it shares aligned memory, and copies other.
+
+    Were it given memory of somebody else's, it would share that if it happens to be aligned.
+    """
+    room = np.empty(array.nbytes + _ALIGNMENT_BYTES, np.uint8)
+    begin = -room.ctypes.data % _ALIGNMENT_BYTES
+    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def device_name(leaf: Any) -> str:

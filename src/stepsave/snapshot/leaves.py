@@ -10,9 +10,9 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
-from stepsave.snapshot.arrays import ArrayForm, HostArray, backend_of
+from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray, backend_of
 
-__all__ = ("describe", "make_like", "open_leaf", "wrap_key")
+__all__ = ("assign", "describe", "make_like", "open_leaf", "wrap_key")
 
 
 def open_leaf(value: Any) -> NotedLeaf | Fields | None:
@@ -64,6 +64,21 @@ def make_like(array: HostArray, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return array
     return array[()] if isinstance(like, np.generic) else type(like)(array.item())
+
+
+def assign(variable: Any, array: SavedArray) -> None:
+    """Gives a Keras variable the values of an array of its shape and dtype, and shares no memory.
+
+    On torch nothing is allocated for that.
+    """
+    value = variable.value
+    backend = backend_of(value)
+    if backend == "torch":
+        _module("torch").overwrite(value, array)
+    elif backend == "jax":  # assigned as it is, it would be shared if it happens to be aligned
+        variable.assign(make_like(np.asarray(array), value))
+    else:
+        variable.assign(np.asarray(array))
 
 
 def wrap_key(data: Any, implementation: str) -> Any:

@@ -18,7 +18,7 @@ from stepsave.format.layout import CHECKSUM_BYTES
 from stepsave.format.records import DTYPES, ChunkSpec, LayoutPlan
 from stepsave.snapshot.arrays import HostArray
 
-__all__ = ("Pack", "Run", "Slab", "Source", "compile_runs", "digest_shard")
+__all__ = ("Pack", "Run", "Slab", "Source", "compile_runs", "digest_shard", "gaps")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -124,6 +124,19 @@ def compile_runs(plan: LayoutPlan, arena: Bytes) -> list[Run]:
             else:
                 runs.append(_make_slab(arena, shard, end_bytes, last))
     return runs
+
+
+def gaps(plan: LayoutPlan, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields what of so much memory no run of a plan writes, from and to: it must be zeros."""
+    end = 0
+    for chunk in sorted(plan.chunks, key=lambda chunk: chunk.offset_bytes):
+        if chunk.offset_bytes > end:
+            yield end, chunk.offset_bytes
+        end = chunk.offset_bytes + chunk.stored_bytes
+        if chunk.data_bytes < chunk.stored_bytes:
+            yield chunk.offset_bytes + chunk.data_bytes, end
+        end += CHECKSUM_BYTES
+    yield end, size_bytes
 
 
 def digest_shard(plan: LayoutPlan, arena: Bytes, number: int) -> int:

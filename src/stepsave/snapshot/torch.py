@@ -14,8 +14,17 @@ import torch
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
+from stepsave.snapshot.arrays import SavedArray, bytes_of
 
-__all__ = ("describe", "has_room", "is_on_accelerator", "make_like", "make_stage", "view_on_host")
+__all__ = (
+    "describe",
+    "has_room",
+    "is_on_accelerator",
+    "make_like",
+    "make_stage",
+    "overwrite",
+    "view_on_host",
+)
 
 _logger = logging.getLogger("stepsave")
 
@@ -100,6 +109,19 @@ def make_like(array: np.ndarray[Any, Any], like: torch.Tensor) -> torch.Tensor:
     if isinstance(like, torch.nn.Parameter):
         return torch.nn.Parameter(made, requires_grad=is_asked)
     return made.requires_grad_(is_asked)
+
+
+def overwrite(tensor: torch.Tensor, array: SavedArray) -> None:
+    """Gives a tensor the values of an array of its shape and dtype, in its own memory."""
+    with torch.no_grad():
+        if not tensor.is_contiguous() or array.dtype.itemsize * tensor.numel() != tensor.nbytes:
+            tensor.copy_(make_like(np.asarray(array), tensor.detach()))
+            return
+        target = tensor.detach().reshape(-1).view(torch.uint8)
+        begin = 0
+        for part in bytes_of(array):
+            target[begin : begin + len(part)].copy_(torch.from_numpy(part))
+            begin += len(part)
 
 
 def _from_bits(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:

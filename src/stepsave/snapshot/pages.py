@@ -1,0 +1,127 @@
+"""Host memory in whole pages: how much there is, who has it, and making it present.
+
+Memory that is touched for the first time costs up to fifty times a copy into warm memory. So it is
+touched in the background, while a training starts, and never given back before the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepsave.threads import Crew, Fate, Latch
+
+__all__ = ("HUGE_PAGE_BYTES", "Bytes", "Pages", "Touching", "allocate_pages", "available_bytes")
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+HUGE_PAGE_BYTES = 2 << 20
+
+_PIECE_BYTES = 8 << 20
+"""How much is touched at a time: the most that somebody waits for who needs the memory now."""
+
+
+class Pages:
+    """Page-aligned memory, in large pages if the system can. It reads as zeros at first."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """Maps it; none of it is present yet.
+
+        Raises:
+            OSError: If the system has no room, or a limit forbids it.
+        """
+        self.size_bytes = size_bytes
+        # Private, because most kernels give no large pages to shared memory, the default.
+        self._mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._lent: weakref.ref[Bytes] | None = None
+        self._advise("MADV_HUGEPAGE")
+
+    def view(self) -> Bytes:
+        """The memory as an array."""
+        return np.frombuffer(self._mapping, np.uint8)
+
+    def lend(self) -> Bytes:
+        """The memory for somebody else, who has it as long as any view of this array lives."""
+        array = self.view()
+        self._lent = weakref.ref(array)
+        return array
+
+    @property
+    def is_lent(self) -> bool:
+        return self._lent is not None and self._lent() is not None
+
+    def keep_from_children(self) -> None:
+        """Hides it from children made by `fork`.
+
+        Else each page that is written while they live would first be copied.
+        """
+        self._advise("MADV_DONTFORK")
+
+    def _advise(self, advice: str) -> None:
+        option = getattr(mmap, advice, None)
+        if option is not None:
+            with contextlib.suppress(OSError):  # a kernel that does not know it; it is only faster
+                self._mapping.madvise(option)
+
+
+def allocate_pages(size_bytes: int) -> Bytes:
+    """Returns page-aligned memory, as direct input and output need it, for those who keep it."""
+    return Pages(size_bytes).view()
+
+
+class Touching:
+    """Makes memory present in the background, until somebody needs it."""
+
+    def __init__(self, memory: Bytes, crew: Crew) -> None:
+        """Has a thread of a crew begin. More would take the cores from the training that starts.
+
+        Args:
+            memory: All zeros. Nobody writes there before `stop`.
+            crew: Whose thread does it.
+        """
+        self._memory = memory
+        self._is_wanted = False
+        self._fate = Fate()
+        self._ended = Latch()
+        crew.put(self._touch)
+
+    def _touch(self) -> None:
+        try:
+            if self._fate.accept():
+                for begin in range(0, len(self._memory), _PIECE_BYTES):
+                    if self._is_wanted:
+                        break
+                    self._memory[begin : begin + _PIECE_BYTES : mmap.PAGESIZE] = 0
+        finally:
+            self._ended.open()
+
+    def stop(self) -> None:
+        """Returns when nobody touches it any more. What is not present yet costs its time later."""
+        self._is_wanted = True
+        if not self._fate.drop():  # begun, so it ends with the piece that it is at
+            self._ended.wait()
+
+    def wait(self) -> None:
+        """Returns when all of it is present, or it was stopped."""
+        self._ended.wait()
+
+
+def available_bytes() -> int | None:
+    """Memory that can be used without swapping, as far as the system tells."""
+    found: list[int] = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = meminfo.read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    # A container's own limit, cgroup v2; a missing file or "max" means no limit.
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists():
+        text = limit.read_text().strip()
+        if text.isdecimal():
+            found.append(max(0, int(text) - int(used.read_text())))
+    return min(found, default=None)
