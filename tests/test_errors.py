@@ -63,14 +63,25 @@ else:
     )
 
 
-def test_importing_stepsave_imports_no_backend_and_no_tensorstore():
+def test_importing_stepsave_imports_nothing_that_takes_time():
     check_python(
         """
 import sys, stepsave
+assert {name for name in sys.modules if name.startswith("stepsave")} == {"stepsave"}
+heavy = {"numpy", "awscrt", "ml_dtypes"} & set(sys.modules)
+assert not heavy, heavy
+stepsave.Checkpointer
 heavy = {"keras", "jax", "torch", "tensorflow", "orbax", "tensorstore"} & set(sys.modules)
 assert not heavy, heavy
 """
     )
+
+
+def test_every_public_name_is_found_and_found_once():
+    assert set(stepsave.__all__) <= set(dir(stepsave))
+    for name in stepsave.__all__:
+        assert getattr(stepsave, name) is getattr(stepsave, name)
+        assert name in (getattr(stepsave, name).__name__, "rng")
 
 
 def test_an_unknown_attribute_is_an_attribute_error():

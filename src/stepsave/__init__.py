@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from stepsave import rng
-from stepsave.engine.checkpointer import Checkpointer
-from stepsave.engine.restoring import restore
-from stepsave.engine.saves import SaveHandle
-from stepsave.errors import (
-    ArenaMemoryError,
-    BackupDirectoryError,
-    BackupMismatchError,
-    ChangedTrainingWarning,
-    CheckpointerClosedError,
-    CorruptBackupError,
-    DirectoryBusyError,
-    FormatVersionError,
-    InvalidStateError,
-    NestedCallError,
-    Preempted,
-    SaveFailedError,
-    StepsaveError,
-    UnreproducibleDataWarning,
-)
-from stepsave.format.records import Backup, SaveStats
-from stepsave.position import TrainingPosition
-
 if TYPE_CHECKING:
+    from stepsave import rng
+    from stepsave.engine.checkpointer import Checkpointer
+    from stepsave.engine.restoring import restore
+    from stepsave.engine.saves import SaveHandle
+    from stepsave.errors import (
+        ArenaMemoryError,
+        BackupDirectoryError,
+        BackupMismatchError,
+        ChangedTrainingWarning,
+        CheckpointerClosedError,
+        CorruptBackupError,
+        DirectoryBusyError,
+        FormatVersionError,
+        InvalidStateError,
+        NestedCallError,
+        Preempted,
+        SaveFailedError,
+        StepsaveError,
+        UnreproducibleDataWarning,
+    )
     from stepsave.fit.callback import BackupAndRestore
+    from stepsave.format.records import Backup, SaveStats
+    from stepsave.position import TrainingPosition
 
 __all__ = (
     "ArenaMemoryError",
@@ -57,12 +57,28 @@ __all__ = (
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "Backup": "stepsave.format.records",
+    "BackupAndRestore": "stepsave.fit.callback",
+    "Checkpointer": "stepsave.engine.checkpointer",
+    "SaveHandle": "stepsave.engine.saves",
+    "SaveStats": "stepsave.format.records",
+    "TrainingPosition": "stepsave.position",
+    "restore": "stepsave.engine.restoring",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The callback needs Keras, which takes seconds to import and picks a backend; the
-    # engine needs neither.
-    if name == "BackupAndRestore":
-        from stepsave.fit.callback import BackupAndRestore
+    # All is imported when it is used: the callback needs Keras, which takes seconds and picks a
+    # backend; the engine needs what checksums and reads and writes files.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "rng":
+        return importlib.import_module("stepsave.rng")
+    home = importlib.import_module(_HOMES.get(name, "stepsave.errors"))
+    value = globals()[name] = getattr(home, name)
+    return value
 
-        return BackupAndRestore
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
