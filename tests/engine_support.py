@@ -17,6 +17,7 @@ from stepsave.format.layout import compile_layout
 from stepsave.format.records import DTYPES, LeafSpec
 from stepsave.snapshot.arena import Arena
 from stepsave.snapshot.arrays import dtype_name
+from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.pages import Pages
 
 SMALL_SHARDS = """
@@ -44,15 +45,30 @@ def random_array(shape, dtype, seed=0):
 
 
 def state_of(step, leaves=12, shape=(40, 50)):
-    """A state whose every element equals the step: any mixture of two states shows."""
-    arrays = {f"w{i}": np.full(shape, step, np.float32) for i in range(leaves)}
-    return {"weights": arrays, "optimizer": {"step": np.int64(step)}}
+    """A state of which any mixture of two shows.
+
+    Weights change whole from step to step, rows in part, what is slow in every fifth, and what is
+    frozen never.
+    """
+    weights = {f"w{i}": np.full(shape, step, np.float32) for i in range(leaves)}
+    rows = np.zeros((130, 130), np.float32)
+    rows[step % len(rows)] = step
+    return {
+        "weights": weights,
+        "optimizer": {"step": np.int64(step), "slow": np.full((130, 130), step // 5, np.float32)},
+        "frozen": np.arange(130 * 130, dtype=np.float32),
+        "rows": rows,
+    }
 
 
 def assert_is_state_of(backup):
     for name, array in backup.state["weights"].items():
         assert (array == backup.step).all(), f"{name} is not of step {backup.step}"
+    expected = state_of(backup.step, leaves=0)
     assert backup.state["optimizer"]["step"] == backup.step
+    assert_same_bits(backup.state["optimizer"]["slow"], expected["optimizer"]["slow"])
+    assert_same_bits(backup.state["frozen"], expected["frozen"])
+    assert_same_bits(backup.state["rows"], expected["rows"])
 
 
 def assert_same_bits(found, expected, at="state"):
@@ -81,6 +97,11 @@ def assert_same_bits(found, expected, at="state"):
 def save_once(directory, state, step=1, metadata=None, **options):
     with stepsave.Checkpointer(directory, **options) as saver:
         saver.save(step, state, metadata).wait()
+
+
+def needs_direct(saver):
+    if saver.stats().writer != "direct":
+        pytest.skip("the file system of the temporary directory does not take O_DIRECT")
 
 
 def restore_once(directory, **options):
@@ -187,7 +208,7 @@ def filled(arrays, arena=None, threads=1):
     plan = plan_of(arrays)
     arena = arena or Arena(Pages(-(-plan.arena_bytes // 4096) * 4096))
     arena.bind(plan)
-    filling = arena.begin(list(arrays).__getitem__)
+    filling = arena.begin(list(arrays).__getitem__, Attention())
     with concurrent.futures.ThreadPoolExecutor(threads) as executor:
         works = filling.work, *[filling.help] * (threads - 1)
         for future in [executor.submit(work) for work in works]:

@@ -17,6 +17,7 @@ from stepsave.format.checksum import crc32c
 from stepsave.format.layout import compile_layout, decode_layout, encode_layout
 from stepsave.format.records import LeafSpec
 from stepsave.snapshot.arena import ArenaPool, Claim, copy_thread_count
+from stepsave.snapshot.contents import Attention
 from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Crew
@@ -27,7 +28,7 @@ ARRAYS = 25
 
 def fill(pool, arena, arrays):
     """Copies a state in, and seals it as the writers do; returns how it went."""
-    filling = arena.begin(arrays.__getitem__)
+    filling = arena.begin(arrays.__getitem__, Attention())
     pool.fill(filling)
     return filling
 

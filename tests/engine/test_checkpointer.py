@@ -12,6 +12,7 @@ from engine_support import (
     assert_is_state_of,
     assert_same_bits,
     check_python,
+    needs_direct,
     random_array,
     restore_once,
     save_once,
@@ -41,16 +42,11 @@ def gate(monkeypatch):
 
         def write_direct(self, path, data, final=None, real_direct=real_direct):
             assert opened.wait(30)
-            real_direct(self, path, data, final)
+            return real_direct(self, path, data, final)
 
         monkeypatch.setattr(LocalStore, name, write_direct)
     yield opened
     opened.set()
-
-
-def needs_direct(saver):
-    if saver.stats().writer != "direct":
-        pytest.skip("the file system of the temporary directory does not take O_DIRECT")
 
 
 def test_nothing_is_restored_from_an_empty_directory(tmp_path):
@@ -276,7 +272,7 @@ def test_nothing_is_written_while_training_waits_for_the_copy(tmp_path, monkeypa
 
     def noted_write(self, path, data, ranges=None):
         events.append("write")
-        write(self, path, data, ranges)
+        return write(self, path, data, ranges)
 
     with stepsave.Checkpointer(tmp_path) as saver:
         needs_direct(saver)
@@ -294,7 +290,7 @@ def test_a_copy_that_is_interrupted_costs_no_arena_and_saves_nothing(tmp_path, m
         for _ in range(3):  # more often than there are arenas
             with monkeypatch.context() as patch:
 
-                def interrupt(*_):
+                def interrupt(*_, **__):
                     raise KeyboardInterrupt
 
                 patch.setattr("stepsave.snapshot.runs.Pack.fill", interrupt)

@@ -54,8 +54,9 @@ class LoggingStore(LocalStore):
             self.log.append(f"write {path}")
 
     def write_direct(self, path, data, final=None):
-        super().write_direct(path, data, final)
+        written_bytes = super().write_direct(path, data, final)
         self.log.append(f"write {path}")
+        return written_bytes
 
     def replace(self, path, data):
         super().replace(path, data)

@@ -72,8 +72,13 @@ def _faulty(name):
             path, data = args
             (self.root / path).write_bytes(data[: len(data) // 2])
         elif cls.when == "middle" and name == "write_direct":
-            path, data, *_ = args
-            (self.root / path).write_bytes(data[:4096])
+            path, data, ranges = args
+            begin, end = next(iter(ranges))
+            target = self.root / path
+            target.touch()
+            with target.open("r+b") as file:
+                file.seek(begin)
+                file.write(data[begin : (begin + end) // 2])
         elif cls.when == "middle" and name == "replace":
             path, data = args
             (self.root / f"{path}.tmp").write_bytes(data)  # written, and not renamed
@@ -91,7 +96,16 @@ for _name in CHANGES:
 
 def state_of(step, width):
     arrays = {f"w{i}": np.full((700, 7), step * 10 + i, np.float32) for i in range(width)}
-    return {"weights": arrays, "empty": np.zeros((0, 3)), "step": np.int64(step)}
+    rows = np.zeros((700, 7), np.float32)
+    rows[step % 7 * 100] = step
+    return {
+        "weights": arrays,
+        "empty": np.zeros((0, 3)),
+        "frozen": np.arange(4900, dtype=np.float32),
+        "rows": rows,
+        "slow": np.full((700, 7), step // 3, np.float32),
+        "step": np.int64(step),
+    }
 
 
 class CommitMachine(RuleBasedStateMachine):

@@ -251,7 +251,7 @@ def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, 
 
         def write_slowly(*args):
             slow.wait(0.1)
-            write(*args)
+            return write(*args)
 
         return write_slowly
 

@@ -7,6 +7,7 @@ from engine_support import filled, plan_of, random_array
 from stepsave.errors import ArenaMemoryError
 from stepsave.snapshot import arena
 from stepsave.snapshot.arena import Arena, ArenaPool, Claim, pages_for
+from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.pages import Pages
 from stepsave.threads import Crew
 
@@ -211,7 +212,7 @@ def test_an_arena_that_is_needed_is_touched_no_further(monkeypatch, crew):
     taken = pool.acquire(Claim(), block=True)
     threading.Timer(0.05, goes_on.set).start()
     taken.bind(plan)
-    taken.begin([array].__getitem__).work()
+    taken.begin([array].__getitem__, Attention()).work()
     crew.call(lambda: None)
     pool.wait_touched()
     assert (np.asarray(taken.bytes)[: array.nbytes] == array).all()

@@ -14,6 +14,7 @@ from stepsave.format import layout
 from stepsave.format.records import DTYPES
 from stepsave.snapshot import filling, runs
 from stepsave.snapshot.arena import Arena
+from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.pages import Pages
 
 
@@ -29,7 +30,7 @@ def begun(arrays, **options):
     plan = plan_of(arrays)
     arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
-    return plan, arena, arena.begin(list(arrays).__getitem__, **options)
+    return plan, arena, arena.begin(list(arrays).__getitem__, Attention(), **options)
 
 
 def assert_sealed(plan, arena):
@@ -144,7 +145,7 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
             assert gate.wait(30)
         return arrays[leaf]
 
-    half = arena.begin(source, is_led=True)
+    half = arena.begin(source, Attention(), is_led=True)
     worker = threading.Thread(target=half.lead)
     worker.start()
     ranges = half.ranges(0)
@@ -183,7 +184,7 @@ def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
             raise RuntimeError("the device is gone")
         return arrays[leaf]
 
-    broken = arena.begin(source, is_led=True)
+    broken = arena.begin(source, Attention(), is_led=True)
     caught = []
 
     def write():
@@ -201,7 +202,7 @@ def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
     broken.wait_quiet()
     with pytest.raises(RuntimeError, match="device is gone"):
         list(broken.ranges(0))
-    broken = arena.begin(source)
+    broken = arena.begin(source, Attention())
     with pytest.raises(RuntimeError, match="device is gone"):
         broken.work()
 
@@ -220,7 +221,7 @@ def test_a_helper_that_fails_fails_the_caller():
     plan = plan_of(arrays)
     arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
-    shared = arena.begin(source)
+    shared = arena.begin(source, Attention())
     helper = threading.Thread(target=shared.help)
     helper.start()
     with pytest.raises(RuntimeError, match="device is gone"):
@@ -242,7 +243,7 @@ def test_on_return_from_giving_up_nobody_copies_any_more():
     plan = plan_of(arrays)
     arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
-    left_behind = arena.begin(source)
+    left_behind = arena.begin(source, Attention())
     helper = threading.Thread(target=left_behind.help)
     helper.start()
     assert copying.wait(30)
@@ -270,14 +271,14 @@ def test_a_filling_that_is_led_ends_whole_although_its_save_was_given_up():
     plan = plan_of(arrays)
     arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
-    led = arena.begin(source, is_led=True)
+    led = arena.begin(source, Attention(), is_led=True)
     leader = threading.Thread(target=led.lead)
     leader.start()
     assert copying.wait(30)
     led.give_up()
     assert led.is_complete
     leader.join()
-    never_led = arena.begin(source, is_led=True)
+    never_led = arena.begin(source, Attention(), is_led=True)
     never_led.give_up()
     never_led.lead()
     assert not never_led.is_complete, "given up before it began"
@@ -289,7 +290,7 @@ def test_the_state_is_let_go_when_it_is_copied():
     plan = plan_of(held)
     arena = Arena(Pages(plan.arena_bytes))
     arena.bind(plan)
-    done = arena.begin(held.__getitem__)
+    done = arena.begin(held.__getitem__, Attention())
     done.work()
     assert done._source is None
     done.help()  # one that comes late finds nothing to do
@@ -301,7 +302,7 @@ def test_what_somebody_else_has_copied_is_sealed_all_the_same():
     plan, arena = filled(arrays)
     sealed = arena.bytes.copy()
     arena.bytes[plan.chunks[0].offset_bytes + 10 :][:4] = 0
-    again = arena.begin(lambda _: None)
+    again = arena.begin(lambda _: None, Attention())
     again.work()
     list(again.ranges(0))
     assert (arena.bytes == sealed).all()

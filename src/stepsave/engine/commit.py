@@ -34,7 +34,8 @@ from stepsave.engine.markers import Markers
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.marker import encode_marker
-from stepsave.format.records import BackupRecord, FileRecord
+from stepsave.format.records import BackupRecord, FileRecord, LayoutPlan
+from stepsave.snapshot.contents import Contents
 from stepsave.store.local import LocalStore
 
 __all__ = ("CommitProtocol",)
@@ -58,6 +59,8 @@ class CommitProtocol(Markers):
         super().__init__(store)
         self._double = double_checkpoint
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
+        # What shards are known to hold, by directory: what this object has seen made durable.
+        self._written: dict[str, tuple[LayoutPlan, Contents]] = {}
         self._collected = False
         self._begin_ns = 0
         self.read_markers()
@@ -92,8 +95,23 @@ class CommitProtocol(Markers):
             self._spare_of = blueprint.records
         return SPARE
 
+    def take_written(self, plan: LayoutPlan) -> Contents | None:
+        """Returns what the shards in the spare directory hold; None if that is not known.
+
+        To be called before anything is written there: afterwards it is known no more, until it is
+        told to `seal`. Known is only what was made durable under the same plan by this object, and
+        by a save that did not fail: an old piece must never be taken for a new one.
+        """
+        known_plan, contents = self._written.pop(SPARE, (None, None))
+        return contents if known_plan is plan else None
+
     def seal(
-        self, blueprint: Blueprint, step: int, training: bytes, digests: tuple[int, ...]
+        self,
+        blueprint: Blueprint,
+        step: int,
+        training: bytes,
+        digests: tuple[int, ...],
+        contents: Contents | None = None,
     ) -> BackupRecord:
         """Completes the spare directory and gives it its final name, durably.
 
@@ -102,6 +120,7 @@ class CommitProtocol(Markers):
             step: Global step of the save.
             training: Contents of `training.json`.
             digests: What `BackupRecord.shard_digests` describes.
+            contents: What the shards hold, which are durable; None if that is not known.
         """
         metadata = orbax.checkpoint_metadata(blueprint.items, self._begin_ns, time.time_ns())
         changing = {TRAINING_PATH: training, _CHECKPOINT_METADATA: metadata}
@@ -112,6 +131,8 @@ class CommitProtocol(Markers):
         directory = str(step)
         self._store.rename(SPARE, directory)
         self._spare_of = frozenset()
+        if contents is not None:
+            self._written[directory] = blueprint.plan, contents
         changed = (FileRecord.of(path, data) for path, data in changing.items())
         return BackupRecord(
             step=step,
@@ -163,6 +184,7 @@ class CommitProtocol(Markers):
         the same file cannot be trusted even if a later sync succeeds.
         """
         self._spare_of = frozenset()
+        self._written.clear()
         self._collected = False
         if self._store.exists(SPARE):
             self._remove_backup(SPARE)
@@ -179,12 +201,16 @@ class CommitProtocol(Markers):
         for name in TEMPORARY_NAMES:
             self._store.remove(name)
         self._spare_of = frozenset()
+        self._written.clear()
 
     def _retire(self, record: BackupRecord | None) -> None:
         if record is None:
             return
+        written = self._written.pop(record.directory, None)
         self._store.rename(record.directory, SPARE)
         self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
+        if written is not None:
+            self._written[SPARE] = written
 
     def _set_marker(self, name: str, record: BackupRecord | None) -> None:
         if record is not None:
@@ -196,6 +222,7 @@ class CommitProtocol(Markers):
 
     def _collect(self) -> None:
         """Takes in what earlier runs left: unreferenced backups and temporary files."""
+        self._written.clear()
         # They differ after `fall_back`, and after a publish that failed half way. A marker
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
         # so that at every instant one of the markers names a backup that can be read.
@@ -245,6 +272,7 @@ class CommitProtocol(Markers):
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
+        self._written.pop(name, None)
         if name == SPARE:
             self._spare_of = frozenset()
         if not self._store.exists(name):

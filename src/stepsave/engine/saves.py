@@ -24,6 +24,9 @@ class SaveHandle:
     Attributes:
         step: The step that was passed to `save`.
         bytes: Bytes of state captured; 0 if skipped.
+        changed_bytes: How many of these are not known to be what the same buffer held before; 0
+            until they are on disk. What has always changed is not asked about at each save.
+        written_bytes: Bytes written to the shards, whole blocks, for the same time.
         stall_s: How long the call of `save` took. If the arrays were still being computed (JAX
             dispatches ahead), waiting for them is in it.
         skipped: True if nothing was saved, because both arenas were in use.
@@ -31,7 +34,7 @@ class SaveHandle:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self.bytes = 0
+        self.bytes = self.changed_bytes = self.written_bytes = 0
         self.skipped = False
         self.stall_s = 0.0
         self.claim = Claim()  # on the arena
@@ -122,6 +125,7 @@ class SaveLog:
         self._open: list[SaveHandle] = []  # in flight, or failed and nobody was told
         self.last_failed = False
         self._started = self._committed = self._failed = self._skipped = self._bytes = 0
+        self._changed_bytes = self._written_bytes = 0
         self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._stall_total_s = self._stall_max_s = 0.0
@@ -150,8 +154,10 @@ class SaveLog:
         self._stall_total_s += handle.stall_s
         self._stall_max_s = max(self._stall_max_s, handle.stall_s)
 
-    def count_end(self, durable_s: float | None) -> None:
+    def count_end(self, handle: SaveHandle, durable_s: float | None) -> None:
         """For the thread that writes: a save has ended."""
+        self._changed_bytes += handle.changed_bytes
+        self._written_bytes += handle.written_bytes
         self.last_failed = durable_s is None
         if durable_s is None:
             self._failed += 1
@@ -189,6 +195,8 @@ class SaveLog:
             failed=self._failed,
             skipped=self._skipped,
             state_bytes=self._bytes,
+            changed_bytes=self._changed_bytes,
+            written_bytes=self._written_bytes,
             stall_total_s=self._stall_total_s,
             stall_median_s=_median(self._stalls_s),
             stall_max_s=self._stall_max_s,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -23,6 +24,7 @@ from stepsave.format import orbax
 from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
+from stepsave.snapshot.contents import Contents
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import READ_ONLY_ADVICE
 from stepsave.store.shard_array import ShardArray
@@ -35,8 +37,10 @@ WriterKind = Literal["auto", "direct", "tensorstore"]
 DEFAULT_LANES = 3
 """Threads that write one save. They mostly sleep in the kernel: enough to keep a disk busy."""
 
-ShardWriter = Callable[[int, Snapshot], None]
-"""Writes shard `number` of a snapshot durably, as it is being filled, and seals it."""
+ShardWriter = Callable[[int, Snapshot, "Contents | None"], int]
+"""Writes what has changed in shard `number` of a snapshot durably, as it is being filled.
+
+Takes what the shard holds already, None if that is not known; returns how many bytes it wrote."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Writer:
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             error = e
             self._abandon(e)
-        self._log.count_end(durable_s)
+        self._log.count_end(handle, durable_s)
         handle.end(durable_s, error)
 
     def _commit(self, request: SaveRequest) -> None:
@@ -96,11 +100,15 @@ class Writer:
         blueprint = snapshot.blueprint
         try:
             directory = self._protocol.begin(blueprint)
-            digests = self._write_shards(self._open_shards(directory, blueprint.plan), snapshot)
+            known = self._protocol.take_written(blueprint.plan)
+            write = self._open_shards(directory, blueprint.plan)
+            digests, written_bytes = self._write_shards(write, snapshot, known)
+            held = snapshot.filling.held
+            handle.changed_bytes, handle.written_bytes = held.changed_bytes(), written_bytes
         finally:
             snapshot.filling.wait_left()
             handle.claim.release()  # its bytes are on disk, or given up
-        record = self._protocol.seal(blueprint, handle.step, request.training, digests)
+        record = self._protocol.seal(blueprint, handle.step, request.training, digests, held.now)
         self._protocol.publish(record)
 
     def _abandon(self, error: BaseException) -> None:
@@ -109,37 +117,44 @@ class Writer:
         except BaseException as e:  # noqa: BLE001  as above
             error.add_note(f"Cleaning up after it failed too: {e!r}")
 
-    def _write_shards(self, write: ShardWriter, snapshot: Snapshot) -> tuple[int, ...]:
-        """Writes all shards; returns what `BackupRecord.shard_digests` describes."""
+    def _write_shards(
+        self, write: ShardWriter, snapshot: Snapshot, known: Contents | None
+    ) -> tuple[tuple[int, ...], int]:
+        """Writes all shards.
+
+        Returns:
+            What `BackupRecord.shard_digests` describes, and how many bytes were written.
+        """
         numbers = range(snapshot.blueprint.plan.shard_count)
-        digests = [0] * len(numbers)
+        digests, written_bytes = [0] * len(numbers), [0] * len(numbers)
 
         def write_one(number: int) -> None:
-            write(number, snapshot)
+            written_bytes[number] = write(number, snapshot, known)
             digests[number] = snapshot.arena.digest(number)
 
         self._helpers.share(numbers, write_one, helpers=min(self._lanes, len(numbers)) - 1)
-        return tuple(digests)
+        return tuple(digests), sum(written_bytes)
 
     def _open_shards(self, directory: str, plan: LayoutPlan) -> ShardWriter:
         """Returns the function that writes the shards of a plan into a directory."""
-        if self._direct:
+        shards = None if self._direct else ShardArray(self._store, directory, plan)
 
-            def write_direct(number: int, snapshot: Snapshot) -> None:
-                self._store.write_direct(
-                    f"{directory}/{orbax.shard_path(number)}",
-                    snapshot.arena.shard(number).data,
-                    snapshot.filling.ranges(number),
-                )
+        def write_changed(number: int, snapshot: Snapshot, known: Contents | None) -> int:
+            path = f"{directory}/{orbax.shard_path(number)}"
+            if self._store.size_bytes(path) != plan.shard_bytes:
+                known = None  # made anew
+            data = snapshot.arena.shard(number)
+            ranges = snapshot.filling.ranges(number, known)
+            first = next(ranges, None)
+            if first is None:
+                return 0
+            if shards is None:
+                return self._store.write_direct(path, data.data, itertools.chain((first,), ranges))
+            collections.deque(ranges, maxlen=0)  # until all is there
+            shards.write(number, data)
+            return plan.shard_bytes
 
-            return write_direct
-        shards = ShardArray(self._store, directory, plan)
-
-        def write_whole(number: int, snapshot: Snapshot) -> None:
-            collections.deque(snapshot.filling.final(number), maxlen=0)  # until all is there
-            shards.write(number, snapshot.arena.shard(number))
-
-        return write_whole
+        return write_changed
 
 
 def start_threads(directory: str, lanes: int) -> tuple[Crew, Crew]:

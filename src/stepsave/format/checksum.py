@@ -12,7 +12,10 @@ from typing import cast
 
 from awscrt import checksums
 
-__all__ = ("crc32c",)
+__all__ = ("combine_crc32c", "crc32c")
 
 crc32c = cast("Callable[..., int]", checksums.crc32c)
 """`crc32c(data, before=0)`: of contiguous bytes, going on from the checksum of those before."""
+
+combine_crc32c = cast("Callable[[int, int, int], int]", checksums.combine_crc32c)
+"""Of two stretches of bytes one after the other: their checksums, and the length of the second."""

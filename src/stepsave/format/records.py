@@ -201,6 +201,9 @@ class SaveStats:
         failed: Saves that failed in the background.
         skipped: Saves not begun because both arenas were in use (`when_busy="skip"`).
         state_bytes: Bytes of state captured, all saves together.
+        changed_bytes: How many of these were not known to be what the same buffer held before, in
+            saves that have ended. What has always changed is not asked about at each save.
+        written_bytes: Bytes written to the shards by saves that have ended.
         stall_total_s: Time callers spent inside `save`, waiting for arrays that were still
             being computed included.
         stall_median_s: Median of the same per save; NaN before the first.
@@ -217,6 +220,8 @@ class SaveStats:
     failed: int
     skipped: int
     state_bytes: int
+    changed_bytes: int
+    written_bytes: int
     stall_total_s: float
     stall_median_s: float
     stall_max_s: float

@@ -8,6 +8,7 @@ import warnings
 
 from stepsave.errors import ArenaMemoryError
 from stepsave.format.records import LayoutPlan
+from stepsave.snapshot.contents import Attention, Contents, Held
 from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.pages import HUGE_PAGE_BYTES, Bytes, Pages, Touching, available_bytes
 from stepsave.snapshot.runs import Run, Source, compile_runs, digest_shard, gaps
@@ -40,6 +41,10 @@ def _capacity_bytes(plan: LayoutPlan) -> int:
     return -(-(plan.arena_bytes + _SLACK_BYTES) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
 
 
+_Bound = tuple[LayoutPlan, list[Run], list[list[int]]]
+"""A plan, its runs in an arena, and the sizes of their pieces."""
+
+
 class Arena:
     """One page-aligned host buffer, seen through a layout plan."""
 
@@ -57,8 +62,10 @@ class Arena:
         self.filling: Filling | None = None  # the last one
         self.touching: Touching | None = None
         self._is_blank = is_blank
-        # Both in one: no interruption leaves the views of one plan under the name of another.
-        self._bound: tuple[LayoutPlan, list[Run]] | None = None
+        # In one: no interruption leaves the views of one plan under the name of another.
+        self._bound: _Bound | None = None
+        self._contents: Contents = []  # what its pieces are known to hold
+        self._stays = True
 
     def touch(self, crew: Crew) -> None:
         """Has its pages made present in the background, so that no snapshot pays for it."""
@@ -79,12 +86,24 @@ class Arena:
         bound = self._bound
         if bound is None or bound[0] is not plan:
             self._is_blank = self._is_blank and bound is None
-            self._bound = plan, compile_runs(plan, self.bytes)
+            self._contents = []
+            runs = compile_runs(plan, self.bytes)
+            self._bound = plan, runs, [run.piece_bytes for run in runs]
 
-    def begin(self, source: Source, *, is_led: bool = False) -> Filling:
-        """Begins to fill the arena with a state of the bound plan."""
+    def expect_device(self) -> None:
+        """A device writes to the arena from now on: what is in it does not stay there."""
+        self._stays = False
+
+    def begin(self, source: Source, attention: Attention, *, is_led: bool = False) -> Filling:
+        """Begins to fill the arena with a state of the bound plan.
+
+        Args:
+            source: The state.
+            attention: Which runs to ask whether they have changed.
+            is_led: Whether threads of the crew do all of it.
+        """
         assert self._bound is not None
-        plan, runs = self._bound
+        plan, runs, sizes = self._bound
         if self.touching is not None:
             self.touching.stop()
             self.touching = None
@@ -92,7 +111,9 @@ class Arena:
             for begin, end in gaps(plan, self.capacity_bytes):
                 self.bytes[begin:end] = 0  # whatever another plan had there
             self._is_blank = True
-        self.filling = Filling(runs, plan, source, is_led=is_led)
+        held = Held(sizes, self._contents, stays=self._stays)
+        self._contents, self._stays = held.now, True
+        self.filling = Filling(runs, plan, source, held, attention, is_led=is_led)
         return self.filling
 
     def shard(self, number: int) -> Bytes:

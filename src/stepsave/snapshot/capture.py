@@ -26,6 +26,7 @@ from stepsave.snapshot.arrays import (
     unwrap,
     view_on_host,
 )
+from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.pages import Pages
 from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
@@ -66,6 +67,7 @@ class _Structure:
     shapes: list[tuple[int, ...]]
     split: list[int]  # leaves of several chunks
     blueprint: Blueprint
+    attention: Attention
 
     def fits(self, paths: Paths, arrays: Views) -> bool:
         if paths is not self.paths and list(paths) != list(self.paths):
@@ -150,9 +152,11 @@ class Capture:
             arena = pool.acquire(claim, block=True)
         assert arena is not None
         arena.bind(structure.blueprint.plan)
+        if self._stager is not None:
+            arena.expect_device()
         source = self._source(leaves, arrays, structure, arena)
         waits = self._stager is None or self._stager.blocks
-        filling = self._filling = arena.begin(source, is_led=not waits)
+        filling = self._filling = arena.begin(source, structure.attention, is_led=not waits)
         if waits:
             pool.fill(filling)
         else:
@@ -240,5 +244,6 @@ class Capture:
             [array.shape for array in arrays],
             [leaf for leaf, count in chunks.items() if count > 1],
             Blueprint.compile(plan, self._items, device),
+            Attention(),
         )
         return pool, structure

@@ -6,18 +6,23 @@ their way from a device.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 
 from stepsave.format.records import LayoutPlan
+from stepsave.snapshot.contents import Attention, Contents, Held
 from stepsave.snapshot.runs import Pack, Run, Slab, Source
 
 __all__ = ("Filling",)
 
 PIECE_BYTES = 8 << 20
 """How much is written at least, while the rest is still on its way: enough for the disk."""
+
+_BRIDGE_BYTES = 64 << 10
+"""What has not changed is written too between two changes that are nearer: one write is cheaper."""
 
 
 class Filling:
@@ -30,7 +35,14 @@ class Filling:
     """
 
     def __init__(
-        self, runs: Sequence[Run], plan: LayoutPlan, source: Source, *, is_led: bool = False
+        self,
+        runs: Sequence[Run],
+        plan: LayoutPlan,
+        source: Source,
+        held: Held,
+        attention: Attention,
+        *,
+        is_led: bool = False,
     ) -> None:
         """Begins nothing yet.
 
@@ -38,9 +50,13 @@ class Filling:
             runs: The pieces to fill.
             plan: Where they lie.
             source: The state.
+            held: What they hold, kept current.
+            attention: Which of them to ask about.
             is_led: Whether threads of the crew do all of it.
         """
         self._runs = runs
+        self._held = held
+        self._attention = attention
         self._source: Source | None = source
         self._shard_bytes = plan.shard_bytes
         # Shared by those who fill. Taking the next is one call into C: none is taken twice.
@@ -58,6 +74,11 @@ class Filling:
         self._progress = _Progress(runs, plan) if is_led else None
 
     @property
+    def held(self) -> Held:
+        """What the arena holds, when the whole state is in it."""
+        return self._held
+
+    @property
     def is_complete(self) -> bool:
         """Whether the whole state is in the arena."""
         return 0 not in self._is_done
@@ -73,7 +94,7 @@ class Filling:
             self._check()  # a helper may have failed already
             if source is not None:  # or helpers have filled all of it before this thread came to it
                 for number in itertools.chain(self._packs, self._slabs):
-                    self._runs[number].fill(source)
+                    self._fill(number, source)
                     self._is_done[number] = 1
                     self._check()
             while not self.is_complete:
@@ -107,7 +128,7 @@ class Filling:
             # What is led ends whole: transfers into the arena may be under way.
             if source is not None and not self._is_given_up:
                 for number in numbers:
-                    self._runs[number].fill(source)
+                    self._fill(number, source)
                     self._note(number)
                     if self._error is not None:
                         break
@@ -121,6 +142,13 @@ class Filling:
                     self._source = None
                 self._changed.notify_all()
             self._gone.put(None)
+
+    def _fill(self, number: int, source: Source) -> None:
+        held = self._held.now[number]
+        asks = self._attention.asks(number)
+        self._runs[number].fill(source, held, asks=asks)
+        if asks:
+            self._attention.note(number, held)
 
     def _note(self, number: int) -> None:
         if self._progress is None:
@@ -181,20 +209,50 @@ class Filling:
                 seen_bytes = progress.final_bytes[shard]
             yield seen_bytes
 
-    def ranges(self, shard: int) -> Iterator[tuple[int, int]]:
+    def ranges(self, shard: int, written: Contents | None = None) -> Iterator[tuple[int, int]]:
         """Yields what of a shard is to be written next, from and to; in the end all of it.
+
+        Args:
+            shard: Its number.
+            written: What is there already, whatever else it is; None if that is not known.
 
         Raises:
             BaseException: As `final`.
         """
         begin_bytes = 0
         for end_bytes in self.final(shard):
-            yield begin_bytes, end_bytes
+            if written is None:
+                yield begin_bytes, end_bytes
+            else:
+                yield from _bridge(self._stale(shard, written, begin_bytes, end_bytes))
             begin_bytes = end_bytes
+
+    def _stale(
+        self, shard: int, written: Contents, begin_bytes: int, end_bytes: int
+    ) -> Iterator[tuple[int, int]]:
+        first = bisect.bisect_left(self._runs, shard, key=lambda run: run.shard)
+        for number in range(first, len(self._runs)):
+            run = self._runs[number]
+            if run.shard != shard:
+                break
+            if begin_bytes < run.end_bytes <= end_bytes:
+                yield from run.stale(self._held.now[number], written[number])
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _bridge(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Joins ranges that are near each other."""
+    joined: tuple[int, int] | None = None
+    for begin, end in ranges:
+        if joined is not None and begin - joined[1] > _BRIDGE_BYTES:
+            yield joined
+            joined = None
+        joined = (begin if joined is None else joined[0]), end
+    if joined is not None:
+        yield joined
 
 
 class _Progress:

@@ -276,7 +276,7 @@ class LocalStore:
         path: str,
         data: memoryview,
         ranges: Iterable[tuple[int, int]] | None = None,
-    ) -> None:
+    ) -> int:
         """Writes a file with `O_DIRECT` and syncs it, in place if it has the right size.
 
         In place nothing is allocated, so the sync writes no metadata but the time.
@@ -285,7 +285,11 @@ class LocalStore:
             path: The file. Created, or overwritten without truncation.
             data: Page-aligned memory of whole blocks.
             ranges: Yields what to write next, from and to; widened to whole blocks. Together
-                all of the data, some of it perhaps twice. None if all of it is there.
+                all of the data, some of it perhaps twice, or what a file of the right size does
+                not have yet. None if all of it is there.
+
+        Returns:
+            How many bytes it wrote.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.root / path, flags, 0o666)
@@ -294,15 +298,18 @@ class LocalStore:
                 os.ftruncate(fd, 0)
                 # Reserves the space, so that a full disk is found before bytes are written.
                 os.posix_fallocate(fd, 0, len(data))
+            written_bytes = 0
             for begin, end in ranges or ((0, len(data)),):
-                done = begin // _BLOCK_BYTES * _BLOCK_BYTES
+                first_block = done = begin // _BLOCK_BYTES * _BLOCK_BYTES
                 end_block = -(-end // _BLOCK_BYTES) * _BLOCK_BYTES
                 while done < end_block:
                     done += os.pwrite(fd, data[done:end_block], done)
+                written_bytes += done - first_block
             # Without it the drive's cache, and a new file's extents, can be lost.
             os.fdatasync(fd)
         finally:
             os.close(fd)
+        return written_bytes
 
     @contextlib.contextmanager
     def _open_regular(self, path: str):  # noqa: ANN202
