@@ -1,6 +1,6 @@
 """Runs all benchmarks, keeps their raw JSON, and publishes the tables and pictures.
 
-python -m bench                     # everything: about three hours
+python -m bench                     # everything: about four and a half hours
 python -m bench fits trace publish  # some of it
 python -m bench --quick             # tiny, elsewhere: to see that everything runs
 """

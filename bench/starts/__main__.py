@@ -122,7 +122,8 @@ class Rounds:
             for key, value in found.items()
             if key not in ("restored", "saved", "state_bytes")
         }
-        kept["saves_s"] = [round(value, 6) for value in found["saves_s"]]
+        for name in {"saves_s", "touched"} & set(found):
+            kept[name] = [round(value, 6) for value in found[name]]
         sample = {"round": number, "subject": subject, "phase": phase, "cache": cache, **kept}
         self.samples.append(sample)
         return sample
@@ -226,8 +227,9 @@ def _show(result: dict[str, Any]) -> None:
             saves = kinds["saves"]
             line = f"first save {saves['first_s']['median'] * 1e3:.1f} ms, "
             line += f"{saves['first_over_later']['median']:.2f} x later ones"
-            if "touched" in saves:
-                line += f", {saves['touched']['median']:.0%} of the buffers touched before it"
+            if "touched_after_first_batch" in saves:
+                share = saves["touched_after_first_batch"]["median"]
+                line += f", {share:.0%} of the buffers touched after the first batch"
             print(f"{FITTED[subject].label:>26}, {line}")
     for subject, error in result["failed"].items():
         print(f"{FITTED[subject].label:>26} FAILED: {error}")

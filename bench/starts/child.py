@@ -69,8 +69,9 @@ class Watch(keras.callbacks.Callback):
             self.report["first_s"] = time.perf_counter() - self.begin_s - self._paused_s
             self._note_peak()
             self.report["peak_first_bytes"] = self._peak_bytes
-        if done == EVERY and self._task.subject == OURS:
-            self.report["touched"] = touched(self._callback)
+        if done in (1, EVERY) and self._task.subject == OURS:
+            with self._paused():
+                self.report.setdefault("touched", []).append(touched(self._callback))
         if "saved" in self.report:
             self._end()
 
@@ -133,10 +134,10 @@ def wait_durable(subject: str, callback: Any) -> None:
 
 
 def touched(callback: Any) -> float:
-    """The part of the pages of stepsave's buffers that are there, right before the first save.
+    """The part of the pages of stepsave's buffers that are there.
 
-    All of them: what comes before the first save gave the time to touch them. Fewer: the first
-    save pays for the rest, or waits.
+    All of them after the first batch: compiling gave the time to touch them. Fewer, right before
+    the first save: that pays for the rest, or waits.
     """
     memories = callback._saver._capture._pool.memories
     pages = [cold.present(memory) for memory in memories]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.common import ratios
-from bench.starts.plan import COLD, KERAS, NONE, RESUME, START, WARM
+from bench.starts.plan import COLD, KERAS, NONE, RESUME, START, SUBJECTS, WARM
 from bench.stats import spread
 
 Sample = dict[str, Any]
@@ -29,7 +29,8 @@ def summarize(samples: Iterable[Sample], failed: dict[str, str]) -> dict[str, An
             found[sample["subject"], kind(sample)] = sample
     rounds = list(by_number.values())
     summary: dict[str, Any] = {}
-    for subject in dict.fromkeys(subject for found in rounds for subject, _ in found):
+    measured = {subject for found in rounds for subject, _ in found}
+    for subject in (each for each in SUBJECTS if each in measured):
         kinds = [each for each in KINDS if _all_have(rounds, subject, each)]
         summary[subject] = {each: _figures(rounds, subject, each) for each in kinds}
         if subject != NONE:
@@ -77,7 +78,9 @@ def _saves(samples: list[Sample]) -> dict[str, Any]:
         "later_s": spread(later_s),
         "first_over_later": ratios(first_s, later_s),
     }
-    if shares := [sample["touched"] for sample in samples if "touched" in sample]:
-        figures["touched"] = spread(shares)
-        figures["all_touched"] = min(shares) == 1
+    if touched := [sample["touched"] for sample in samples if "touched" in sample]:
+        after_first, before_save = zip(*touched, strict=True)
+        figures["touched_after_first_batch"] = spread(after_first)
+        figures["touched_before_first_save"] = spread(before_save)
+        figures["compiling_gave_the_time"] = min(after_first) == 1
     return figures
