@@ -155,8 +155,9 @@ def sample(
         in_all = common.told_bytes(saver.stats())
     memcpy.close()
     for name, total in in_all.items():
-        found[name] = [each[name] for each in told]
-        assert total is None or total == sum(found[name]), f"{name}: {found[name]}, in all {total}"
+        if total is not None:
+            found[name] = [each[name] for each in told]
+            assert total == sum(found[name]), f"{name}: {found[name]}, in all {total}"
     return found | {
         "state_bytes": case.arrays * array_bytes,
         "source": str(Path(stepsave.__file__).parents[1]),
@@ -236,7 +237,7 @@ def _steady(found: dict[str, Any]) -> dict[str, float]:
     """
     taken = {"stall_mean_s": statistics.mean(found["stall_s"][UNSTEADY:])}
     for name, values in found.items():
-        if not isinstance(values, list) or None in values:
+        if not isinstance(values, list):
             continue
         if name.endswith("_bytes"):
             taken[name] = statistics.mean(values[UNSTEADY:]) / found["state_bytes"]

@@ -131,6 +131,22 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
             assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
 
 
+def test_a_resume_counts_only_with_the_state_that_was_saved_and_at_its_batch():
+    from bench.starts.__main__ import check_resumed
+    from bench.starts.plan import SUBJECTS
+
+    state = dict.fromkeys(SUBJECTS["stepsave"].restores, "8 variables, bc176172fb2440e3")
+    left = {"saved": state, "saved_at": 9}
+    check_resumed("stepsave", left, {"restored": state, "began_at": 9})
+    check_resumed("keras", left, {"restored": state, "began_at": 0})
+    for name in state:
+        other = state | {name: "8 variables, 0000000000000000"}
+        with pytest.raises(AssertionError, match=name):
+            check_resumed("stepsave", left, {"restored": other, "began_at": 9})
+    with pytest.raises(AssertionError, match="went on at 0, not 9"):
+        check_resumed("stepsave", left, {"restored": state, "began_at": 0})
+
+
 def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--frameworks", "torch", "--results", str(tmp_path)],
