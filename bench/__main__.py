@@ -1,6 +1,6 @@
 """Runs all benchmarks, keeps their raw JSON, and publishes the tables and pictures.
 
-python -m bench                     # everything: about three hours
+python -m bench                     # everything: about four and a half hours
 python -m bench fits trace publish  # some of it
 python -m bench --quick             # tiny, elsewhere: to see that everything runs
 """
@@ -25,6 +25,8 @@ from bench.publish import documents
 SWEPT = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 SCALED = ("stepsave", "keras", "orbax_keras_tuned")
 TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
+# Many saves: the first two of each fit write everything.
+CHANGES = "--every 3 --steps 65 --repeats 7"
 TEST_PARTS = Path(__file__).parent / "saves" / "test_parts.py"
 
 
@@ -64,6 +66,15 @@ RUNS = (
     Run("resume", "bench.resume", "--backend jax"),
     Run("resume", "bench.resume", "--backend tensorflow"),
     Run("resume", "bench.resume", "--backend torch"),
+    Run("starts", "bench.starts.imports"),
+    Run("starts", "bench.starts", "--megabytes 1000"),
+    Run("starts", "bench.starts", "--backend jax --megabytes 100"),
+    Run("starts", "bench.starts", "--backend jax --megabytes 2000"),
+    Run("starts", "bench.starts", "--backend jax --megabytes 1000 --matrices large"),
+    Run("changes", "bench.saves.changes"),
+    _fits("changes", f"--backend jax --trains everything {CHANGES}"),
+    _fits("changes", f"--backend jax --trains adapters {CHANGES}"),
+    _fits("changes", f"--backend jax --trains embeddings --batch-size 8 {CHANGES}"),
     _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 5", SWEPT),
     _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 5", SWEPT),
     _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 5", SWEPT),
@@ -77,6 +88,13 @@ RUNS = (
 # The same questions, tiny: each path through the code once.
 QUICK_RUNS = (
     *(run for run in RUNS if run.group in ("engine", "idle", "resources", "resume")),
+    Run("starts", "bench.starts.imports"),
+    Run("starts", "bench.starts"),
+    Run("starts", "bench.starts", "--backend torch --matrices large --subjects none stepsave"),
+    Run("changes", "bench.saves.changes"),
+    _fits("changes", "--backend jax --trains everything"),
+    _fits("changes", "--backend jax --trains adapters"),
+    _fits("changes", "--backend jax --trains embeddings"),
     _fits("fits", "--backend jax"),
     _fits("fits", "--backend tensorflow"),
     _fits("fits", "--backend torch"),
@@ -86,7 +104,10 @@ QUICK_RUNS = (
     _fits("sweep", "--backend jax --megabytes 1 --variables 300", SCALED),
     _fits("trace", "--backend jax --trace", TRACED),
 )
-GROUPS = (*("engine", "fits", "sweep", "idle", "trace", "resources", "resume", "parts", "publish"),)
+GROUPS = (
+    *("engine", "changes", "fits", "sweep", "idle", "trace", "resources", "resume", "starts"),
+    *("parts", "publish"),
+)
 
 
 def parts(results: Path, *, quick: bool) -> list[str]:

@@ -77,6 +77,13 @@ def _as_array(framework: str, array: np.ndarray) -> Any:
 
 def timed_save(saver: stepsave.Checkpointer, step: int, state: Mapping[str, Any]) -> Times:
     """Saves and waits; nothing else runs meanwhile."""
+    return save_timed(saver, step, state)[0]
+
+
+def save_timed(
+    saver: stepsave.Checkpointer, step: int, state: Mapping[str, Any]
+) -> tuple[Times, stepsave.SaveHandle]:
+    """The same, and what the save says of itself."""
     begin_s = time.perf_counter()
     handle = saver.save(step, state)
     stall_s = time.perf_counter() - begin_s
@@ -85,7 +92,14 @@ def timed_save(saver: stepsave.Checkpointer, step: int, state: Mapping[str, Any]
     assert not handle.skipped
     assert handle.durable_s is not None
     assert handle.durable_s <= ended_s, handle
-    return Times(stall_s, handle.durable_s)
+    return Times(stall_s, handle.durable_s), handle
+
+
+def told_bytes(of: stepsave.SaveHandle | stepsave.SaveStats) -> dict[str, int | None]:
+    """What a save, or all of them, say that changed and was written; None if they do not."""
+    # Versions that write whole states have no such attributes. When none is measured any more,
+    # read them where this is called, and delete it.
+    return {name: getattr(of, name, None) for name in ("changed_bytes", "written_bytes")}
 
 
 def check_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

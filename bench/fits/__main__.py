@@ -22,11 +22,14 @@ from typing import Any
 from bench import common, floors, machine
 from bench.fits import summary
 from bench.fits.subjects import ALL_BACKENDS, SUBJECTS, saves_made
+from bench.process import disk_write_bytes
 
 MEMCPY_PER_FIT = 3
 OURS = ("none", "sync", "idle", "stepsave")  # without these there is nothing to compare with
 IDLE_SUBJECTS = ("bare", "sync", "idle")
 LOOP_SUBJECTS = tuple(key for key in SUBJECTS if key != "bare")
+TRAINED = ("everything", "adapters", "embeddings")
+TRAINED_SUBJECTS = ("copy", "copy_write", "stepsave")
 IDLE = {"repeats": 60, "megabytes": 0.05, "variables": 6, "step_ms": 0.35, "steps": 1000}
 TRACE = {"steps": 57, "every": 15}
 QUICK = {"megabytes": 3.0, "variables": 15, "steps": 13, "repeats": 2, "step_ms": 5.0}
@@ -87,6 +90,7 @@ class Rounds:
         directory = self._fresh_directory()
         callbacks = SUBJECTS[key].make(directory, options.every)
         is_async = dispatches_async(callbacks)
+        before_bytes = disk_write_bytes()
         times = timed_fit(
             self._workload, callbacks, options.steps, options.every, sync_each_step=options.trace
         )
@@ -97,6 +101,8 @@ class Rounds:
             "async_dispatch": is_async,
             "saves": saves_made(callbacks),
             "disk_bytes": _bytes_below(directory),
+            "disk_write_bytes": disk_write_bytes() - before_bytes,
+            **_told(callbacks),
             **dataclasses.asdict(times),
         }
         expected = SUBJECTS[key].saves(options.steps, options.every)
@@ -136,6 +142,14 @@ class Rounds:
         os.sync()
 
 
+def _told(callbacks: list[Any]) -> dict[str, int | None]:
+    """What callbacks say that changed and was written in all saves of the last fit."""
+    for callback in callbacks:
+        if hasattr(callback, "stats"):
+            return common.told_bytes(callback.stats())
+    return {}
+
+
 def _bytes_below(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
@@ -162,6 +176,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-ms", type=float, default=50, help="a batch size is chosen for it")
     parser.add_argument("--batch-size", type=int, default=None, help="instead of --step-ms")
     parser.add_argument("--subjects", nargs="*", choices=list(SUBJECTS), default=None)
+    parser.add_argument(
+        "--trains", choices=TRAINED, help="a model of which that changes, and ours and floors only"
+    )
     parser.add_argument("--trace", action="store_true", help="step times around a save")
     parser.add_argument("--idle", action="store_true", help="short steps, no save due")
     kinds = parser.parse_known_args(arguments)[0]
@@ -175,11 +192,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.set_defaults(steps=50, repeats=3)
     options = parser.parse_args(arguments)
     if options.subjects is None:
+        subjects = IDLE_SUBJECTS if options.idle else LOOP_SUBJECTS
+        subjects = TRAINED_SUBJECTS if options.trains else subjects
         options.subjects = [
             key
             for key, subject in SUBJECTS.items()
-            if options.backend in subject.backends
-            and key in (IDLE_SUBJECTS if options.idle else LOOP_SUBJECTS)
+            if options.backend in subject.backends and key in subjects
         ]
     options.subjects = [key for key in options.subjects if key != "none"]
     if options.trace and options.quick:
@@ -206,22 +224,19 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["KERAS_BACKEND"] = options.backend  # before Keras is imported
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    from bench.fits import partly
     from bench.fits.workload import prepare
 
-    workload = prepare(
-        options.megabytes,
-        options.variables,
-        options.steps,
-        options.step_ms / 1e3,
-        options.batch_size,
-    )
+    build = partly.BUILDERS[options.trains or "everything"]
+    workload = build(options.megabytes, options.variables)
+    prepare(workload, options.steps, options.step_ms / 1e3, options.batch_size)
     with tempfile.TemporaryDirectory(dir=options.directory) as where:
         facts = machine.describe(Path(where))
         rounds = Rounds(options, workload, Path(where))
         rounds.run()
         rounds.verify()
     result = {
-        "benchmark": "trace" if options.trace else "idle" if options.idle else "fits",
+        "benchmark": _kind(options),
         "machine": facts,
         "settings": _settings(options, workload),
         "subjects": {key: SUBJECTS[key].describe() for key in ("none", *options.subjects)},
@@ -241,6 +256,7 @@ def _settings(options: argparse.Namespace, workload: Any) -> dict[str, Any]:
         "megabytes": options.megabytes,
         "state_bytes": workload.state_bytes,
         "variables": options.variables,
+        "trains": options.trains,
         "steps": options.steps,
         "every": options.every,
         "repeats": options.repeats,
@@ -251,10 +267,16 @@ def _settings(options: argparse.Namespace, workload: Any) -> dict[str, Any]:
     }
 
 
+def _kind(options: argparse.Namespace) -> str:
+    if options.trains is not None:
+        return "changes in fits"
+    return "trace" if options.trace else "idle" if options.idle else "fits"
+
+
 def _file_name(options: argparse.Namespace) -> str:
     if options.idle:
         return f"idle-{options.backend}"
-    kind = "trace" if options.trace else "fits"
+    kind = f"changes-{options.trains}" if options.trains else _kind(options)
     name = f"{kind}-{options.backend}-{options.megabytes:.0f}mb-every{options.every}"
     return name if options.variables in (75, QUICK["variables"]) else f"{name}-{options.variables}v"
 

@@ -113,6 +113,7 @@ def _saving(
         "blocked_first_s": spread([sample["saves_s"][0] for sample in fits]),
         "cpu_s_per_gb": spread([value / gigabytes for value in cpu_s]),
         "disk_bytes": max(sample["disk_bytes"] for sample in fits),
+        **_parts_of_state(fits, saves * state_bytes),
     }
     if later_s:
         figures["blocked_s"] = {
@@ -125,6 +126,16 @@ def _saving(
         ratio = ratio_of_medians(stalls_s(key), stalls_s("stepsave"))
         if ratio is not None:
             figures["stall_over_stepsave"] = ratio
+    return figures
+
+
+def _parts_of_state(fits: list[Sample], captured_bytes: int) -> dict[str, Any]:
+    """What was written and had changed, as parts of all that was saved."""
+    figures: dict[str, Any] = {}
+    for name in ("disk_write_bytes", "written_bytes", "changed_bytes"):
+        found = [sample.get(name) for sample in fits]
+        if None not in found:
+            figures[name.replace("bytes", "share")] = spread([n / captured_bytes for n in found])
     return figures
 
 

@@ -95,14 +95,11 @@ def build(megabytes: float, variables: int) -> Workload:
     return Workload(model, width, megabytes, variables)
 
 
-def prepare(
-    megabytes: float, variables: int, steps: int, step_s: float, batch_size: int | None
-) -> Workload:
-    """Builds the model, fits a batch size to the asked duration of a step, and warms it up.
+def prepare(workload: Workload, steps: int, step_s: float, batch_size: int | None) -> None:
+    """Fits a batch size to the asked duration of a step, and warms the model up.
 
     The warm-up also makes Adam's slots other than zero: zeros compress, and real ones do not.
     """
-    workload = build(megabytes, variables)
     if batch_size is None:
         batch_size = _fitting_batch_size(workload, steps, step_s)
     workload.step_s = _step_s(workload, batch_size)
@@ -111,7 +108,6 @@ def prepare(
     for path, value in snapshot(workload.model).items():
         if not np.isfinite(value).all():
             raise RuntimeError(f"The training diverged: {path} is not finite.")
-    return workload
 
 
 def _fitting_batch_size(workload: Workload, steps: int, step_s: float) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 Result = dict[str, Any]
 BACKEND_NAMES = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+FRAMEWORK_NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +82,14 @@ def times(entry: Result, *, bold: bool = False) -> str:
     mark = "**" if bold else ""
     median, low, high = (number(entry[key]) for key in ("median", "p10", "p90"))
     return f"{mark}{median}{mark} ({low} to {high})"
+
+
+def duration(entry: Result, *, bold: bool = False) -> str:
+    """Median and spread of a time in seconds, in seconds or milliseconds."""
+    mark = "**" if bold else ""
+    factor, unit = (1, "s") if abs(entry["median"]) >= 0.9995 else (1e3, "ms")
+    median, low, high = (number(entry[key] * factor) for key in ("median", "p10", "p90"))
+    return f"{mark}{median} {unit}{mark} ({low} to {high})"
 
 
 def number(value: float) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.fits.subjects import SUBJECTS
-from bench.publish import resume_table
+from bench.publish import changes_table, resume_table, starts_table
 from bench.publish.collected import (
     BACKEND_NAMES,
+    FRAMEWORK_NAMES,
     Collected,
     Result,
     markdown_table,
@@ -17,7 +18,6 @@ from bench.publish.collected import (
     subject,
     times,
 )
-from bench.publish.targets import FRAMEWORK_NAMES
 
 NOT_MEASURED = "Not measured on this machine."
 
@@ -40,14 +40,17 @@ def machine_line(collected: Collected) -> str:
 
 def of_machine(collected: Collected) -> str:
     """Every table; a section of what is missing says so."""
-    resumed = resume_table.sections(collected)  # none, where nothing was measured
+    # None of these where nothing was measured.
+    started, changed, resumed = (
+        table.sections(collected) for table in (starts_table, changes_table, resume_table)
+    )
     sections: list[tuple[str, Callable[[Collected], list[str]]]] = [
         ("One save against its floors", _engine),
         ("First save", _first),
         ("Many variables", _variables),
         ("Writer threads", _writers),
         ("Restore from a cold disk", _restore),
-        *((title, lambda _, lines=lines: lines) for title, lines in resumed),
+        *((title, lambda _, lines=lines: lines) for title, lines in (*changed, *resumed, *started)),
         ("Whole fits", _all_fits),
         ("How often", lambda c: _sweep(c, "every", "a save every {} steps")),
         ("How big", lambda c: _sweep(c, "megabytes", "{:.0f} MB")),

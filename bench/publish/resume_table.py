@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.publish.collected import BACKEND_NAMES, Collected, Result, markdown_table, number
+from bench.publish.collected import BACKEND_NAMES, Collected, Result, duration, markdown_table
 
 DATA_PACKAGES = ("grain", "torchdata")
 
@@ -57,12 +57,4 @@ def _cells(result: Result, source: str) -> list[str]:
     found = result["summary"].get(source)
     if found is None:
         return ["", ""]
-    return [_time(found["longer_s"], bold=True), _time(found["read_s"])]
-
-
-def _time(entry: Result, *, bold: bool = False) -> str:
-    """Median and spread, in seconds or milliseconds."""
-    mark = "**" if bold else ""
-    factor, unit = (1, "s") if abs(entry["median"]) >= 0.9995 else (1e3, "ms")
-    median, low, high = (number(entry[key] * factor) for key in ("median", "p10", "p90"))
-    return f"{mark}{median} {unit}{mark} ({low} to {high})"
+    return [duration(found["longer_s"], bold=True), duration(found["read_s"])]

@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 from bench.fits.subjects import SUBJECTS
-from bench.publish.collected import BACKEND_NAMES, Collected, number, subject
+from bench.publish import changes_table, starts_table
+from bench.publish.collected import BACKEND_NAMES, FRAMEWORK_NAMES, Collected, number, subject
+from bench.publish.figures import Figure, Target, at_least, at_most
 
 FLOORS = ("copy", "copy_write")
-FRAMEWORK_NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch"}
 GROWTH_BYTES = 1 << 20  # over all saves: less is noise of the allocator
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Figure:
-    """One number against its target."""
-
-    label: str
-    value: float
-    text: str
-    met: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
-    """One aim, for which there may be several figures; all must reach it.
-
-    Attributes:
-        what: What is measured.
-        target: The aim, as published.
-        figures: Finds what was reached.
-        limit: Finds what the machine itself allows, measured in the same runs.
-    """
-
-    what: str
-    target: str
-    figures: Callable[[Collected], Iterator[Figure]]
-    limit: Callable[[Collected], str] | None = None
-
-    def row(self, collected: Collected) -> str:
-        found = list(self.figures(collected))
-        if not found:
-            return f"| {self.what} | {self.target} | not measured | | |"
-        reached = ", ".join(f"{figure.label} {figure.text}".strip() for figure in found)
-        met = all(figure.met for figure in found)
-        limit = self.limit(collected) if self.limit else ""
-        verdict = "met" if met else "**missed**"
-        return f"| {self.what} | {self.target} | {reached} | {verdict} | {limit} |"
 
 
 def table(collected: Collected) -> list[str]:
@@ -57,20 +20,12 @@ def table(collected: Collected) -> list[str]:
     return [*head, *rows]
 
 
-def _at_most(label: str, value: float, limit: float, unit: str) -> Figure:
-    return Figure(label, value, f"{number(value)}{unit}", value <= limit)
-
-
-def _at_least(label: str, value: float, limit: float, unit: str) -> Figure:
-    return Figure(label, value, f"{number(value)}{unit}", value >= limit)
-
-
 def _engine(kind: str, limit: float) -> Callable[[Collected], Iterator[Figure]]:
     def figures(collected: Collected) -> Iterator[Figure]:
         summary = collected.summary("engine")
         for framework, name in FRAMEWORK_NAMES.items():
             if entry := summary.get(f"{framework} {kind}"):
-                yield _at_most(name, entry["ratio"]["median"], limit, " x")
+                yield at_most(name, entry["ratio"]["median"], limit, " x")
 
     return figures
 
@@ -81,7 +36,7 @@ def _fit(
     def figures(collected: Collected) -> Iterator[Figure]:
         entry = (subject(collected.main_fits("jax"), key) or {}).get(what)
         if entry is not None:
-            make = _at_least if least else _at_most
+            make = at_least if least else at_most
             yield make("", entry["median"], limit, " x")
 
     return figures
@@ -91,7 +46,7 @@ def _cpu(collected: Collected) -> Iterator[Figure]:
     for framework, name in FRAMEWORK_NAMES.items():
         found = collected.summary("resources").get(f"stepsave {framework}", {}).get("cpu")
         if found:
-            yield _at_most(name, found["cpu_s_per_gb"]["median"], 0.25, " s")
+            yield at_most(name, found["cpu_s_per_gb"]["median"], 0.25, " s")
 
 
 def _idle(collected: Collected) -> Iterator[Figure]:
@@ -114,13 +69,13 @@ def _variables(collected: Collected) -> Iterator[Figure]:
         counts = {int(key) for key in summary.get(framework, {}) if key.isdigit()}
         if counts:
             entry = summary[framework][str(max(counts))]["over_memcpy_us_per_variable"]
-            yield _at_most(FRAMEWORK_NAMES[framework], entry["median"], 6, " µs")
+            yield at_most(FRAMEWORK_NAMES[framework], entry["median"], 6, " µs")
 
 
 def _first(collected: Collected) -> Iterator[Figure]:
     for framework, entry in collected.summary("first").items():
         ratio = entry["first_over_later"]["median"]
-        yield _at_most(FRAMEWORK_NAMES[framework], ratio, 1.5, " x")
+        yield at_most(FRAMEWORK_NAMES[framework], ratio, 1.5, " x")
 
 
 def _memory(collected: Collected) -> Iterator[Figure]:
@@ -159,7 +114,7 @@ def _restore_raw(collected: Collected) -> Iterator[Figure]:
 def _restore_keras(collected: Collected) -> Iterator[Figure]:
     ratios = collected.summary("restore").get("stepsave model", {}).get("ratios", {})
     if "keras load_weights" in ratios:
-        yield _at_least("", 1 / ratios["keras load_weights"]["median"], 2, " x")
+        yield at_least("", 1 / ratios["keras load_weights"]["median"], 2, " x")
 
 
 def _syncs(collected: Collected) -> Iterator[Figure]:
@@ -312,4 +267,33 @@ TARGETS = (
         _limit_of_load,
     ),
     Target("syncs per save", "at most 8 and the shards", _syncs),
+    Target(
+        "from `fit` to the end of its first batch, over no callback",
+        "at most 0.3 s",
+        starts_table.over_none,
+    ),
+    Target(
+        "the same of a resume, files warm or cold, against Keras `BackupAndRestore`",
+        "at most 1 x",
+        starts_table.resume_over_keras,
+    ),
+    Target(
+        "peak memory of a resumed training, against an uninterrupted one",
+        "at most 1.05 x",
+        starts_table.resume_peak,
+    ),
+    Target(
+        "`import stepsave`", "at most 0.2 s", starts_table.imported, starts_table.limit_of_import
+    ),
+    Target(
+        "95 % of a state frozen, 300 MB: bytes written, against all changing",
+        "at most 0.12 x",
+        lambda collected: changes_table.frozen(collected, "disk_bytes", 0.12),
+        changes_table.limit_of_bytes,
+    ),
+    Target(
+        "stall of such a save, against all changing",
+        "at most 1 x",
+        lambda collected: changes_table.frozen(collected, "stall_s", 1),
+    ),
 )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench import common
+from bench.process import reset_peak, status_bytes
 from bench.resources.savers import SUBJECTS, Saver
 
 WARM_UP = 3  # saves before anything is counted: the first ones write new files
@@ -93,18 +94,18 @@ def memory(task: Task) -> dict[str, Any]:
     if task.subject.startswith("orbax"):
         importlib.import_module("orbax.checkpoint")  # stepsave is: both belong to the base
     gc.collect()
-    base = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    base = status_bytes("VmRSS")
+    reset_peak()
     saver = SUBJECTS[task.subject].make(task.directory)
     try:
         saver.prepare(state)
-        prepared = _status_bytes("VmRSS")
+        prepared = status_bytes("VmRSS")
         _save(saver, state, 0, 1)
-        saved = _status_bytes("VmRSS")
+        saved = status_bytes("VmRSS")
         for step in range(1, task.saves):
             saver.save(step, state)
         saver.wait()
-        peak, after = _status_bytes("VmHWM"), _status_bytes("VmRSS")
+        peak, after = status_bytes("VmHWM"), status_bytes("VmRSS")
         facts = saver.facts()
         common.check_same(saver.restore(), state)
     finally:
@@ -127,7 +128,7 @@ def growth(task: Task) -> dict[str, Any]:
         rss_bytes = np.zeros(task.saves - settle, np.int64)  # no list that grows itself
         for number in range(len(rss_bytes)):
             _save(saver, state, settle + number, 1)
-            rss_bytes[number] = _status_bytes("VmRSS")
+            rss_bytes[number] = status_bytes("VmRSS")
         found["late"] = _holdings()
         found["early"]["saves"], found["late"]["saves"] = settle, task.saves
         # Between two saves, not from before `_holdings`, whose lists of all objects stay with
@@ -216,7 +217,7 @@ def _calls(counts: collections.Counter[tuple[str, str]], saves: int) -> dict[str
 def _holdings() -> dict[str, int]:
     gc.collect()
     return {
-        "rss_bytes": _status_bytes("VmRSS"),
+        "rss_bytes": status_bytes("VmRSS"),
         "python_objects": len(gc.get_objects()),
         "threads": len(os.listdir("/proc/self/task")),
         "open_files": len(os.listdir("/proc/self/fd")),
@@ -227,13 +228,6 @@ def _slope(values: np.ndarray) -> tuple[float, float]:
     """Least squares: bytes per save, and its standard error."""
     (slope, _), covariance = np.polyfit(np.arange(len(values)), values, 1, cov=True)
     return float(slope), float(np.sqrt(covariance[0, 0]))
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 PROBES: dict[str, Callable[[Task], dict[str, Any]]] = {

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench.publish import details
+from bench.publish.collected import Collected
 
 ROOT = Path(__file__).parent.parent.parent
+STARTED = ("none", "stepsave", "keras")
 RUNS = {
     "engine": ["bench.saves.engine", "--quick"],
     "fits": [
@@ -33,7 +36,26 @@ RUNS = {
         "grain MapDataset",
         "generator",
     ],
+    "imports": ["bench.starts.imports", "--quick"],
+    "starts": ["bench.starts", "--quick", "--backend", "jax", "--subjects", *STARTED],
+    "changes": [
+        *("bench.saves.changes", "--quick", "--frameworks", "numpy"),
+        *("--cases", "all", "frozen", "zipf", "--against", "src"),
+    ],
+    "changes in fits": [
+        *("bench.fits", "--quick", "--backend", "jax", "--trains", "adapters"),
+        *("--subjects", "stepsave", "copy"),
+    ],
     "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "60"],
+}
+
+
+# Where what they measured is published.
+SECTIONS = {
+    "imports": "### Import\n",
+    "starts": "### From `fit` to the first batch\n",
+    "changes": "### States of which a part changes\n",
+    "changes in fits": "### Fits in which a part changes\n",
 }
 
 
@@ -67,7 +89,10 @@ def test_the_published_tables_and_pictures_are_made_from_the_committed_results(t
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in ("engine", "restore") else [pytest.mark.slow]) for n in RUNS],
+    [
+        pytest.param(n, marks=[] if n in ("engine", "restore", "imports") else [pytest.mark.slow])
+        for n in RUNS
+    ],
 )
 def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tmp_path):
     run(*RUNS[name], "--results", str(tmp_path), "--directory", str(tmp_path))
@@ -80,6 +105,19 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
             assert held["p50"] > 0, f"{key}: no save was timed"
     if name == "resume":
         assert list(found[0]["summary"]) == RUNS[name][3:]
+    if name == "starts":
+        (result,) = found
+        assert list(result["summary"]) == list(STARTED)
+        for key in STARTED[1:]:
+            assert result["summary"][key]["resume warm"]["peak_over_training"]["median"] > 0
+        assert result["cold"]["in_page_cache_at_most"] < 0.01
+    if name == "changes":
+        cases = found[0]["summary"]["numpy"]
+        assert cases["all"]["this"]["disk_bytes"]["median"] >= 1
+        assert "over_other" in cases["all"]["this"]
+        assert "over_all" in cases["frozen"]["this"]
+    if name in ("imports", "starts", "changes", "changes in fits"):
+        assert SECTIONS[name] in details.of_machine(Collected.load(tmp_path))
     if name == "gpu":
         assert {result["framework"] for result in found} == {"jax", "torch"}
         for result in found:
@@ -91,6 +129,22 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
             saved = [one for one in size["subjects"].values() if "restored_equal" in one]
             assert all(one["restored_equal"] == size["arrays"] for one in saved)
             assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
+
+
+def test_a_resume_counts_only_with_the_state_that_was_saved_and_at_its_batch():
+    from bench.starts.__main__ import check_resumed
+    from bench.starts.plan import SUBJECTS
+
+    state = dict.fromkeys(SUBJECTS["stepsave"].restores, "8 variables, bc176172fb2440e3")
+    left = {"saved": state, "saved_at": 9}
+    check_resumed("stepsave", left, {"restored": state, "began_at": 9})
+    check_resumed("keras", left, {"restored": state, "began_at": 0})
+    for name in state:
+        other = state | {name: "8 variables, 0000000000000000"}
+        with pytest.raises(AssertionError, match=name):
+            check_resumed("stepsave", left, {"restored": other, "began_at": 9})
+    with pytest.raises(AssertionError, match="went on at 0, not 9"):
+        check_resumed("stepsave", left, {"restored": state, "began_at": 0})
 
 
 def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_path):

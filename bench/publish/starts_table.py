@@ -1,0 +1,180 @@
+"""The tables of how long processes take to begin: by the import, to the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bench.fits.subjects import SUBJECTS
+from bench.publish.collected import (
+    BACKEND_NAMES,
+    Collected,
+    Result,
+    duration,
+    markdown_table,
+    ms,
+    number,
+    times,
+)
+from bench.publish.figures import Figure, at_most
+
+OURS = "stepsave"
+RESUMES = {"resume warm": "warm", "resume cold": "cold"}
+COLD_ENOUGH = 0.01  # part of the pages that may be left in the page cache
+
+
+def sections(collected: Collected) -> list[tuple[str, list[str]]]:
+    """Title and lines; none where nothing was measured."""
+    results = _results(collected)
+    found: list[tuple[str, list[str]]] = []
+    if results:
+        lines = [_caption(results[0]), ""]
+        for result in results:
+            lines += [f"#### {_label(result)}", "", *_table(result), ""]
+        found.append(("From `fit` to the first batch", lines))
+    if imported := collected.summary("imports"):
+        found.append(("Import", _imports(imported)))
+    return found
+
+
+def _results(collected: Collected) -> list[Result]:
+    """All runs, by backend, size of the matrices and size."""
+    found = [each for each in collected.results.values() if each.get("benchmark") == "starts"]
+    backends = list(BACKEND_NAMES)
+
+    def order(result: Result) -> tuple[int, int, float]:
+        settings = result["settings"]
+        backend = backends.index(settings["backend"])
+        return backend, settings["matrix_bytes"], settings["megabytes"]
+
+    return sorted(found, key=order)
+
+
+def _label(result: Result) -> str:
+    settings = result["settings"]
+    label = f"{BACKEND_NAMES[settings['backend']]}, {settings['state_bytes'] / 1e6:.0f} MB"
+    large = settings["matrices"] != "small"
+    return f"{label} in matrices of {settings['matrix_bytes'] / 2**20:.0f} MiB" if large else label
+
+
+def _caption(result: Result) -> str:
+    every, saves = result["settings"]["every"], result["settings"]["saves"]
+    how = "; ".join(f"{SUBJECTS[key].label}: {text}" for key, text in result["subjects"].items())
+    return (
+        "Each figure is of processes that ran by themselves. *start* finds no backup, saves "
+        f"{saves['start']} times, every {every} batches, and is killed; a *resume* goes on from "
+        f"what the process before it left, saves {saves['resume']} times and is killed. Each "
+        "resumed process had, before its first step, the variables of the last save, by a "
+        "checksum; stepsave's the metrics too, and the next batch. *Peak* is that of the whole "
+        "process, with Python and the frameworks in it, until it is killed; *made in* what "
+        f"making the callback takes before `fit`, its imports included. {how}."
+    )
+
+
+def _table(result: Result) -> list[str]:
+    settings, summary = result["settings"], result["summary"]
+    lines = [f"Layers: {settings['layers']}; rounds: {settings['repeats']}.", ""]
+    left = result["cold"]["in_page_cache_at_most"]
+    if left is not None and left > COLD_ENOUGH:
+        lines[0] += f" **Not cold**: {left:.0%} of a backup was left in the page cache."
+    head = ["", "first batch after", "over no callback", "against Keras's", "made in"]
+    head += ["peak memory", "against its training", "against no callback"]
+    rows = [
+        [f"{SUBJECTS[key].label}, {kind}", *_cells(found, bold=key == OURS)]
+        for key, kinds in summary.items()
+        for kind, found in kinds.items()
+        if kind != "saves"
+    ]
+    lines += markdown_table(head, rows)
+    head = ["first save", "held up `fit`", "later ones", "first to later"]
+    head += ["buffers touched after the first batch", "before the first save"]
+    saves = {key: kinds["saves"] for key, kinds in summary.items() if "saves" in kinds}
+    rows = [
+        [
+            SUBJECTS[key].label,
+            ms(found["first_s"]),
+            ms(found["later_s"]),
+            times(found["first_over_later"], bold=key == OURS),
+            *_touched(found),
+        ]
+        for key, found in saves.items()
+    ]
+    lines += ["", *markdown_table(head, rows)]
+    failed = [f"- {SUBJECTS[key].label}: failed: {text}" for key, text in result["failed"].items()]
+    return [*lines, *(["", *failed] if failed else [])]
+
+
+def _cells(found: Result, *, bold: bool) -> list[str]:
+    def of(key: str) -> str:
+        return times(found[key], bold=bold) if key in found else ""
+
+    return [
+        duration(found["first_s"]),
+        duration(found["over_none_s"], bold=bold) if "over_none_s" in found else "",
+        of("over_keras"),
+        duration(found["make_s"]),
+        f"{found['peak_bytes']['median'] / 1e9:.2f} GB",
+        of("peak_over_training"),
+        of("peak_over_none"),
+    ]
+
+
+def _touched(found: Result) -> list[str]:
+    if "touched_after_first_batch" not in found:
+        return ["", ""]
+    after, before = (
+        f"{found[f'touched_{when}']['median']:.0%}"
+        for when in ("after_first_batch", "before_first_save")
+    )
+    return ["all" if found["compiling_gave_the_time"] else after, before]
+
+
+def _imports(summary: Result) -> list[str]:
+    rows = [
+        [f"`import {name}`", ms(found["import_s"], bold=name == OURS), str(found["modules"])]
+        for name, found in summary.items()
+        if "import_s" in found
+    ]
+    return markdown_table(["in a fresh process", "time", "modules"], rows)
+
+
+def over_none(collected: Collected) -> Iterator[Figure]:
+    """For the table of targets: how much later the first batch ends, where nothing is restored."""
+    for result in _results(collected):
+        if found := _ours(result, "start", "over_none_s"):
+            yield at_most(_label(result), found["median"], 0.3, " s")
+
+
+def resume_over_keras(collected: Collected) -> Iterator[Figure]:
+    """The time of a resume as a ratio to Keras's."""
+    yield from _of_resumes(collected, "over_keras", 1)
+
+
+def resume_peak(collected: Collected) -> Iterator[Figure]:
+    """Peak memory of a resumed process as a ratio to one that was started anew."""
+    yield from _of_resumes(collected, "peak_over_training", 1.05)
+
+
+def _of_resumes(collected: Collected, what: str, limit: float) -> Iterator[Figure]:
+    for result in _results(collected):
+        found = {name: _ours(result, kind, what) for kind, name in RESUMES.items()}
+        medians = {name: entry["median"] for name, entry in found.items() if entry}
+        if medians:
+            text = " and ".join(f"{number(value)} x {name}" for name, value in medians.items())
+            worst = max(medians.values())
+            yield Figure(_label(result), worst, text, worst <= limit)
+
+
+def _ours(result: Result, kind: str, what: str) -> Result | None:
+    return result["summary"].get(OURS, {}).get(kind, {}).get(what)
+
+
+def imported(collected: Collected) -> Iterator[Figure]:
+    """What `import stepsave` takes."""
+    if found := collected.summary("imports").get(OURS):
+        yield at_most("", found["import_s"]["median"], 0.2, " s")
+
+
+def limit_of_import(collected: Collected) -> str:
+    """NumPy, which it needs."""
+    found = collected.summary("imports").get("numpy")
+    return f"`import numpy`: {number(found['import_s']['median'])} s" if found else ""
