@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -325,3 +326,35 @@ def test_a_state_is_described_once_as_long_as_it_looks_the_same(numbers, monkeyp
             forms = stager.describe([("leaf", str(i)) for i in range(LEAVES)], leaves)
             assert [form.shape for form in forms] == [shape] * LEAVES
         assert len(described) == count
+
+
+def test_a_copy_on_a_device_of_jax_leaves_a_reserve(monkeypatch):
+    jax_module = importlib.import_module("stepsave.snapshot.jax")
+    stats = {"bytes_limit": 1000, "peak_bytes_in_use": 500}
+    device = type("Device", (), {"memory_stats": lambda _: stats})()
+    monkeypatch.setattr(jax_module, "bytes_by_device", lambda _: {device: 400})
+    assert jax_module.has_room([], 1.1, 0.05)
+    assert not jax_module.has_room([], 1.1, 0.07)
+    stats.clear()
+    assert not jax_module.has_room([], 1.1, 0.05), "nothing is known of its memory"
+
+
+def test_a_copy_on_a_device_of_torch_leaves_a_reserve(monkeypatch):
+    torch = pytest.importorskip("torch")
+    module = importlib.import_module("stepsave.snapshot.torch")
+    leaf = types.SimpleNamespace(device=torch.device("cuda", 0), nbytes=400)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (450, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 150)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 100)
+    assert module.has_room([leaf], 1.1, 0.05)
+    assert not module.has_room([leaf], 1.1, 0.07)
+
+
+def test_tensorflow_on_a_gpu_is_staged_but_takes_no_device_memory_unasked():
+    module = Numbers("tensorflow").stage_module()
+    cpu, gpu = (types.SimpleNamespace(device=f"/device:{name}:0") for name in ("CPU", "GPU"))
+    assert module.is_on_accelerator([cpu, gpu])
+    assert not module.is_on_accelerator([cpu])
+    assert not module.has_room([gpu], 1.1, 0.05)
+    assert module.make_stage(NoPins(), on_device=False).blocks
+    assert not module.make_stage(NoPins(), on_device=True).blocks

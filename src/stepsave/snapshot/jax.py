@@ -169,14 +169,15 @@ def is_on_accelerator(leaves: Sequence[Any]) -> bool:
     return not all(_is_on_cpu(leaf) for leaf in leaves)
 
 
-def has_room(leaves: Sequence[Any], headroom: float) -> bool:
+def has_room(leaves: Sequence[Any], headroom: float, reserve: float) -> bool:
     """Whether the devices have room for a copy, at the peak of what was in use so far."""
     for device, size_bytes in bytes_by_device(leaves).items():
         stats: dict[str, int] | None = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return False
+        limit_bytes = stats["bytes_limit"]
         peak_bytes = stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0))
-        if stats["bytes_limit"] - peak_bytes < size_bytes * headroom:
+        if limit_bytes - peak_bytes < size_bytes * headroom + limit_bytes * reserve:
             return False
     return True
 

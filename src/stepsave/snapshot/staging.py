@@ -35,6 +35,10 @@ _STAGED = {"jax", "torch", "tensorflow"}
 HEADROOM = 1.1
 """How many times its own size a state must find free on its device to be copied there."""
 
+RESERVE = 0.05
+"""How much of all memory of the device must be free besides: what has not run yet by the first
+save, a validation say, may need more than all that has, and finds the copy there."""
+
 
 class Pins(Protocol):
     """What makes transfers to host memory fast, for all stages of a stager. Of any thread."""
@@ -171,7 +175,8 @@ class Stager:
         staged = [leaves[i] for i in self._staged]
         if self._mode == "auto":
             # Only now is it known what a training step needs.
-            self._mode = "device" if self._module.has_room(staged, HEADROOM) else "host"
+            is_room = self._module.has_room(staged, HEADROOM, RESERVE)
+            self._mode = "device" if is_room else "host"
             _logger.info("snapshots are taken on the %s", self._mode)
         on_device = self._mode == "device"
         if self._stage is None or self._stage.on_device != on_device:

@@ -68,13 +68,13 @@ def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
         return tensor
 
 
-def is_on_accelerator(_: Sequence[Any]) -> bool:
+def is_on_accelerator(leaves: Sequence[Any]) -> bool:
+    """Whether any tensor is on a GPU."""
+    return any("GPU" in leaf.device for leaf in leaves)
+
+
+def has_room(_: Sequence[Any], __: float, ___: float) -> bool:
     """False: TensorFlow does not tell how much device memory is free, so never unasked."""
-    return False
-
-
-def has_room(_: Sequence[Any], __: float) -> bool:
-    """Not known, so no."""
     return False
 
 
@@ -91,12 +91,13 @@ def make_stage(_: object, *, on_device: bool) -> _Stage:
 class _Stage:
     """Holds the present values. TensorFlow copies a value that is held before it assigns.
 
-    So what is copied, and when, is TensorFlow's: variable by variable, in the next step.
+    So what is copied, and when, is TensorFlow's: variable by variable, in the next step. Who
+    wants none of that in device memory has to wait; several threads then transfer.
     """
 
     def __init__(self, *, on_device: bool) -> None:
         self.on_device = on_device
-        self.blocks = False
+        self.blocks = not on_device
 
     def prepare(self, leaves: Sequence[Any]) -> None:
         """Checks only."""

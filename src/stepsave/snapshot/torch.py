@@ -122,7 +122,7 @@ def is_on_accelerator(leaves: Sequence[Any]) -> bool:
     return any(leaf.is_cuda for leaf in leaves)
 
 
-def has_room(leaves: Sequence[Any], headroom: float) -> bool:
+def has_room(leaves: Sequence[Any], headroom: float, reserve: float) -> bool:
     """Whether the devices have room for a copy, at the peak of what was in use so far."""
     needed_bytes: collections.Counter[torch.device] = collections.Counter()
     for leaf in leaves:
@@ -130,10 +130,10 @@ def has_room(leaves: Sequence[Any], headroom: float) -> bool:
     for device, size_bytes in needed_bytes.items():
         if device.type != "cuda":
             continue
-        free_bytes, _ = torch.cuda.mem_get_info(device)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         # What torch's allocator holds but no step has ever needed is free too.
         idle_bytes = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        if free_bytes + max(0, idle_bytes) < size_bytes * headroom:
+        if free_bytes + max(0, idle_bytes) < size_bytes * headroom + total_bytes * reserve:
             return False
     return True
 
