@@ -33,7 +33,7 @@ RUNS = {
         "grain MapDataset",
         "generator",
     ],
-    "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "60"],
+    "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "400"],
 }
 
 
@@ -81,16 +81,28 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
     if name == "resume":
         assert list(found[0]["summary"]) == RUNS[name][3:]
     if name == "gpu":
-        assert {result["framework"] for result in found} == {"jax", "torch"}
-        for result in found:
-            (size,) = result["sizes"].values()
-            failed = {
-                key: one["failed"] for key, one in size["subjects"].items() if "failed" in one
-            }
-            assert not failed
-            saved = [one for one in size["subjects"].values() if "restored_equal" in one]
-            assert all(one["restored_equal"] == size["arrays"] for one in saved)
-            assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
+        check_gpu(found)
+
+
+def check_gpu(found: list[dict]) -> None:
+    parts = {result["benchmark"]: result for result in found if result["benchmark"] != "gpu"}
+    checks = parts["gpu-correctness"]["frameworks"]
+    assert set(checks) == {"jax", "torch"}
+    for each in checks.values():
+        assert each["checks"]["every step, device"]["saves"] == 20
+        assert each["checks"]["every step, device"]["snapshot"] == "device"
+    for each in parts["gpu-resume"]["frameworks"].values():
+        assert each["same bits"]
+        assert 0 < each["resumed"]["batches"] < each["whole"]["batches"]
+    sizes = [result for result in found if result["benchmark"] == "gpu"]
+    assert {result["framework"] for result in sizes} == {"jax", "torch"}
+    for result in sizes:
+        (size,) = result["sizes"].values()
+        failed = {key: one["failed"] for key, one in size["subjects"].items() if "failed" in one}
+        assert not failed
+        saved = [one for one in size["subjects"].values() if "restored_equal" in one]
+        assert all(one["restored_equal"] == size["arrays"] for one in saved)
+        assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
 
 
 def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_path):
