@@ -18,6 +18,7 @@ import numpy as np
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.arrays import ArrayForm, HostArray, backend_of, backends_of
+from stepsave.snapshot.page_locks import NoPins
 from stepsave.snapshot.pieces import Piece, Pieces
 
 __all__ = ("Pins", "SnapshotMode", "Source", "Stager", "choose_stager")
@@ -97,22 +98,26 @@ class Stage(Protocol):
 class Stager:
     """Stages the leaves of a state: arrays of one backend, and NumPy arrays and numbers."""
 
-    def __init__(self, kind: str, mode: SnapshotMode, leaves: Sequence[Any]) -> None:
+    def __init__(
+        self, kind: str, mode: SnapshotMode, leaves: Sequence[Any], pins: Pins | None = None
+    ) -> None:
         """Makes no stage yet.
 
         Args:
             kind: The backend, by the name of its module here.
             mode: Where snapshots are taken; "auto" is decided by the first.
             leaves: A state like those to be staged.
+            pins: What has pinned the arenas for a stager before it; None to make them.
         """
         kinds = [backend_of(leaf) for leaf in leaves]
+        self._kind = kind
         self._module: Any = importlib.import_module(f"stepsave.snapshot.{kind}")
         self._mode: SnapshotMode = mode
         self._types = list(map(type, leaves))
         self._staged = [i for i, other in enumerate(kinds) if other == kind]
         self._place = {leaf: place for place, leaf in enumerate(self._staged)}
         self._stage: Stage | None = None
-        self._pins: Pins = self._module.make_pins([leaves[i] for i in self._staged])
+        self._pins = pins or self._module.make_pins([leaves[i] for i in self._staged])
         # Of what was described last; asking again takes longer than comparing.
         self._described: tuple[list[Any], list[ArrayForm]] | None = None
         # Replaced as one, so that no interruption leaves pieces under the name of another plan.
@@ -227,15 +232,29 @@ class Stager:
             self._stage.settle()  # what has failed may have left transfers behind
         self._pins.unpin()
 
+    def give_way(self, kind: str) -> Pins | None:
+        """Gives up device memory, and hands what is pinned to a stager of some backend.
+
+        The saves of all snapshots have ended. Page-locking takes a second for some gigabytes.
+        """
+        if kind != self._kind or isinstance(self._pins, NoPins):
+            self.close()
+            return None
+        self._drop_stage()
+        return self._pins
+
     def close(self) -> None:
         """Undoes `pin`, and gives up device memory. The saves of all snapshots have ended."""
         self.unpin()
         self._stage = None
 
-    def _make_stage(self, leaves: Sequence[Any], *, on_device: bool) -> None:
+    def _drop_stage(self) -> None:
         if self._stage is not None:
             self._stage.settle()
-            self._stage = None  # first, so that there is room for another
+            self._stage = None
+
+    def _make_stage(self, leaves: Sequence[Any], *, on_device: bool) -> None:
+        self._drop_stage()  # first, so that there is room for another
         stage = self._module.make_stage(self._pins, on_device=on_device)
         stage.prepare([leaves[i] for i in self._staged])
         self._stage = stage
@@ -260,13 +279,16 @@ class Stager:
         return self._layout[1:]
 
 
-def choose_stager(leaves: Sequence[Any], mode: SnapshotMode) -> Stager | None:
+def choose_stager(
+    leaves: Sequence[Any], mode: SnapshotMode, former: Stager | None = None
+) -> Stager | None:
     """Returns what stages these leaves; None if they are copied on the host directly.
 
     Args:
         leaves: The arrays.
         mode: "device" forces copies within device memory, whatever the device is; "host"
             forbids them; "auto" allows them where there is an accelerator.
+        former: What staged leaves of other types until now; it gives way.
 
     Raises:
         InvalidStateError: If "device" is asked for and the leaves allow no such copy.
@@ -274,6 +296,8 @@ def choose_stager(leaves: Sequence[Any], mode: SnapshotMode) -> Stager | None:
     kinds = backends_of(leaves)
     backends = kinds - {"numpy"}
     if len(backends) != 1 or not backends <= _STAGED:
+        if former is not None:
+            former.close()
         if mode != "device":
             return None
         found = ", ".join(sorted(kinds)) or "no array at all"
@@ -282,5 +306,5 @@ def choose_stager(leaves: Sequence[Any], mode: SnapshotMode) -> Stager | None:
             f"backend; found {found}. Use snapshot='auto'."
         )
     (kind,) = backends
-    stager = Stager(kind, mode, leaves)
+    stager = Stager(kind, mode, leaves, former and former.give_way(kind))
     return stager if mode == "device" or stager.is_worthwhile(leaves) else None
