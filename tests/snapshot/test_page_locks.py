@@ -207,3 +207,23 @@ def test_a_state_is_saved_through_memory_that_could_not_be_pinned(tmp_path, pinn
             save(saver, step)
             pinning.launch_kernel()
             assert_is_of(saver.restore(), step)
+
+
+def test_leaves_of_other_types_are_sent_to_the_same_page_locked_memory(tmp_path, pinning):
+    """As when a callback first keeps its best weights."""
+    state = {"w": torch.full((50, 50), 1.0)}
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        saver.save(1, state)
+        saver.save(2, {**state, "best": np.ones(20)})
+        assert np.array_equal(saver.restore().state["best"], np.ones(20))
+        assert pinning.calls == len(pinning.registered) == 2
+        saver.save(3, {"w": np.ones(3), "v": np.ones(3)} | {"t": state["w"]})
+        saver.wait()
+        assert pinning.calls == len(pinning.registered) == 2
+        with pytest.raises(stepsave.InvalidStateError, match="found numpy"):
+            saver.save(4, {"w": np.ones(3)})
+        assert not pinning.registered
+        saver.save(4, state)
+        assert np.array_equal(saver.restore().state["w"], np.ones((50, 50)))
+        assert len(pinning.registered) == 2
+    assert not pinning.registered

@@ -174,10 +174,9 @@ class Capture:
         """The leaves on the host, or what they will be there if they are staged."""
         if self._stager is not None and not self._stager.accepts(leaves):
             self._drain()
-            self._stager.close()
-            self._is_chosen, self._stager = False, None
+            self._is_chosen = False
         if not self._is_chosen:
-            self._stager = choose_stager(leaves, self._mode)
+            self._stager = choose_stager(leaves, self._mode, self._stager)
             self._pin()
             self._is_chosen = True
         if self._stager is None:
