@@ -160,11 +160,14 @@ def _version(package: str) -> str | None:
 
 
 def run_child(
-    part: str, framework: str, budget_s: float, options: Any, size: float = 0.0
+    part: str, framework: str, budget_s: float, options: Any, root: Path, size: float = 0.0
 ) -> dict[str, Any]:
-    """Has a process of its own, which has the whole device, do one part."""
-    with tempfile.TemporaryDirectory() as folder, _directory(options) as where:
-        answer = Path(folder, "answer.json")
+    """Has a process of its own, which has the whole device, do one part.
+
+    What it has found so far is in a file among the results, in case that this process is killed.
+    """
+    answer = root / f"part-{part}-{framework}-{size:g}.json"
+    with _directory(options) as where:
         command = [sys.executable, "-m", "bench.gpu", "--part", part, "--framework", framework]
         command += ["--size", str(size), "--budget-s", str(budget_s), "--answer", str(answer)]
         command += ["--rounds", str(options.rounds), "--directory", where]
@@ -180,8 +183,9 @@ def run_child(
             failed = f"exit code {code}; see the output" if code else ""
         except subprocess.TimeoutExpired:
             failed = f"hung: not done after {limit_s:.0f} s"
-        found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
-        return {**found, "failed": failed} if failed else found
+    found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+    answer.unlink(missing_ok=True)
+    return {**found, "failed": failed} if failed else found
 
 
 def _directory(options: Any) -> tempfile.TemporaryDirectory[str]:
@@ -200,8 +204,9 @@ class Results:
     def __init__(self, options: Any) -> None:
         self._options = options
         quick = options.quick and options.results is None
-        self._root = Path(tempfile.mkdtemp(prefix="bench-gpu-")) if quick else None
-        self._root = self._root or options.results or RESULTS
+        fresh = Path(tempfile.mkdtemp(prefix="bench-gpu-")) if quick else None
+        self.root: Path = fresh or options.results or RESULTS
+        self.root.mkdir(parents=True, exist_ok=True)
         self.failed = False
 
     def keep(self, name: str, result: dict[str, Any], found: dict[str, Any]) -> None:
@@ -212,7 +217,7 @@ class Results:
             return
         result["device"] = device
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        self._options.results = self._root / f"{slug}-{len(os.sched_getaffinity(0))}cpu"
+        self._options.results = self.root / f"{slug}-{len(os.sched_getaffinity(0))}cpu"
         print(f"kept as {write(name, self._options, result)}", flush=True)
 
 
@@ -228,7 +233,7 @@ def run_parts(chosen: Sequence[str], options: Any) -> bool:
             if options.quick:  # little work, but maybe a slow machine
                 share_s = clock.left_s
             print(f"== {part}, {framework}: {share_s:.0f} s", flush=True)
-            found = run_child(part, framework, share_s, options)
+            found = run_child(part, framework, share_s, options, results.root)
             result["frameworks"][framework] = found
             results.keep(f"gpu-{part}", result, found)
     if "size" in options.parts:
@@ -244,7 +249,9 @@ def run_sizes(framework: str, budget_s: float, options: Any, results: Results) -
     for size, weight in zip(options.sizes, weights, strict=True):
         share_s = budget_s * weight / sum(weights) - OVERTIME_S / 2
         print(f"== {framework}, {size:g} GB: {share_s:.0f} s", flush=True)
-        found = run_child("size", framework, share_s, options, size)
+        found: dict[str, Any] = {"skipped": f"no time: {share_s:.0f} s left"}
+        if share_s > START_S:
+            found = run_child("size", framework, share_s, options, results.root, size)
         result["sizes"][f"{size:g}"] = found
         results.keep(f"gpu-{framework}", result, found)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+GPU = ("bench.gpu", "--quick", "--allow-cpu")
 RUNS = {
     "engine": ["bench.saves.engine", "--quick"],
     "fits": [
@@ -33,7 +34,8 @@ RUNS = {
         "grain MapDataset",
         "generator",
     ],
-    "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "400"],
+    "gpu": [*GPU, "--rounds", "1", "--budget-s", "290", "--parts", "correctness", "size"],
+    "gpu resume": [*GPU, "--budget-s", "280", "--parts", "resume"],
 }
 
 
@@ -82,6 +84,12 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
         assert list(found[0]["summary"]) == RUNS[name][3:]
     if name == "gpu":
         check_gpu(found)
+    if name == "gpu resume":
+        (result,) = found
+        assert set(result["frameworks"]) == {"jax", "torch"}
+        for each in result["frameworks"].values():
+            assert each["same bits"]
+            assert 0 < each["resumed"]["batches"] < each["whole"]["batches"]
 
 
 def check_gpu(found: list[dict]) -> None:
@@ -91,9 +99,6 @@ def check_gpu(found: list[dict]) -> None:
     for each in checks.values():
         assert each["checks"]["every step, device"]["saves"] == 20
         assert each["checks"]["every step, device"]["snapshot"] == "device"
-    for each in parts["gpu-resume"]["frameworks"].values():
-        assert each["same bits"]
-        assert 0 < each["resumed"]["batches"] < each["whole"]["batches"]
     sizes = [result for result in found if result["benchmark"] == "gpu"]
     assert {result["framework"] for result in sizes} == {"jax", "torch"}
     for result in sizes:
