@@ -47,6 +47,7 @@ STEP_S = 0.06
 FLOOR_BYTES = 10**9
 REPEATS, ROUNDS = 7, 7
 START_S = 8.0  # of a process: imports, the device
+REHEARSAL_S = 45.0  # of the sizes of a framework
 OVERTIME_S = 20.0  # until a process that does not watch its time is ended
 HOST_COPIES = 3.5  # arenas, what a framework transfers through, what is restored
 DISK_COPIES = 2.5
@@ -238,7 +239,10 @@ def run_parts(chosen: Sequence[str], options: Any) -> bool:
             results.keep(f"gpu-{part}", result, found)
     if "size" in options.parts:
         for number, framework in enumerate(chosen):
-            run_sizes(framework, clock.left_s / (len(chosen) - number), options, results)
+            share_s = clock.left_s / (len(chosen) - number)
+            if options.quick:
+                share_s = min(share_s, REHEARSAL_S)
+            run_sizes(framework, share_s, options, results)
     return results.failed
 
 
