@@ -1,12 +1,15 @@
-"""What saving costs a training on a GPU: JAX and PyTorch, three sizes, under eight minutes.
+"""Whether saving is right on a GPU, and what it costs a training there: under eight minutes.
 
     python -m bench.gpu                          # needs JAX or PyTorch that see a GPU
-    python -m bench.gpu --frameworks torch --sizes 4 --budget-s 120
+    python -m bench.gpu --parts size --frameworks torch --sizes 4 --budget-s 120
     python -m bench.gpu --allow-cpu --quick      # a rehearsal, tiny: does it run?
 
-Needs no Keras: only this repository's `bench` and `src`, NumPy, tensorstore, ml_dtypes and
-awscrt, all of which may come from a folder of wheels on PYTHONPATH. Each framework and size
-runs in a process of its own; what does not fit, fails or is absent is reported as that.
+First, whether what is saved comes back (`correctness`) and a Keras `fit` that is killed goes on
+(`resume`); then what it costs, by size of the state. Needs this repository's `bench` and `src`,
+NumPy, tensorstore, ml_dtypes and awscrt, and for `resume` Keras, all of which may come from a
+folder on PYTHONPATH that `bench.gpu.wheels` fills. Each part of each framework runs in a process
+of its own, and what it has found is in its JSON at once, so that a run that is cut short keeps
+it; what does not fit, fails or is absent is reported as that.
 """
 
 from __future__ import annotations
@@ -23,22 +26,29 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bench import machine
 from bench.common import RESULTS, write
+from bench.gpu import correctness, resume
 from bench.gpu.loop import Clock, measure, state_bytes, step_time_s
 from bench.gpu.shape import Shape
 from bench.stats import spread
 
+Report = Callable[[dict[str, Any]], None]
 FRAMEWORKS = ("jax", "torch")
-SIZES_GB = (1.0, 4.0, 12.0)
+PARTS = ("correctness", "resume", "size")
+SIZES_GB = (1.0, 4.0)
+SHARES = {"correctness": 0.15, "resume": 0.25}  # of the time; the sizes get what is left
 STEP_S = 0.06
 FLOOR_BYTES = 10**9
 REPEATS, ROUNDS = 7, 7
 START_S = 8.0  # of a process: imports, the device
+REHEARSAL_S = 45.0  # of the sizes of a framework
+OVERTIME_S = 20.0  # until a process that does not watch its time is ended
 HOST_COPIES = 3.5  # arenas, what a framework transfers through, what is restored
 DISK_COPIES = 2.5
 NO_GPU = (
@@ -47,12 +57,10 @@ NO_GPU = (
 )
 
 
-def run_size(options: argparse.Namespace) -> dict[str, Any]:
+def run_size(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     """One framework and one size, in this process: floors, then each subject in its turn."""
     clock = Clock.of(options.budget_s - START_S)
     lab = importlib.import_module(f"bench.gpu.{options.framework}")
-    if not (lab.has_accelerator() or options.allow_cpu):
-        raise SystemExit(NO_GPU.format(framework=options.framework, device=lab.device_name()))
     size_bytes = round(options.size * 1e9)
     found: dict[str, Any] = {
         "device": lab.device_name(),
@@ -81,7 +89,11 @@ def run_size(options: argparse.Namespace) -> dict[str, Any]:
         "matmul_flops": flops,
         "floors": _bandwidths(floors_s, floor_bytes, ours_s, size_bytes),
     }
-    found["subjects"] = _subjects(lab, training, options, clock)
+    found["subjects"] = {}
+    report(found)
+    for key, subject in _subjects(lab, training, options, clock):
+        found["subjects"][key] = subject
+        report(found)
     return found
 
 
@@ -100,21 +112,18 @@ def _bandwidths(
 
 def _subjects(
     lab: ModuleType, training: Any, options: argparse.Namespace, clock: Clock
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each subject gets its share of the time that is left; an error of one ends only it."""
-    found: dict[str, Any] = {}
     for number, subject in enumerate(lab.SUBJECTS):
         share_s = clock.left_s / (len(lab.SUBJECTS) - number)
         print(f"   {subject.label}: {share_s:.0f} s", flush=True)
         with tempfile.TemporaryDirectory(dir=options.directory) as where:
             try:
-                found[subject.key] = measure(
-                    training, subject, Path(where), Clock.of(share_s), options.rounds
-                )
+                found = measure(training, subject, Path(where), Clock.of(share_s), options.rounds)
             except Exception as e:  # noqa: BLE001 - published as failed, with its error
                 traceback.print_exc()
-                found[subject.key] = {"label": subject.label, "failed": _first_line(e)}
-    return found
+                found = {"label": subject.label, "failed": _first_line(e)}
+        yield subject.key, found
 
 
 def _first_line(error: Exception) -> str:
@@ -151,25 +160,37 @@ def _version(package: str) -> str | None:
         return None
 
 
-def run_child(framework: str, size: float, budget_s: float, options: Any) -> dict[str, Any]:
-    """Measures in a process of its own, which has the whole device."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
-        command = [sys.executable, "-m", "bench.gpu", "--framework", framework, "--size", str(size)]
-        command += ["--budget-s", str(budget_s), "--answer", str(answer)]
-        command += ["--rounds", str(options.rounds)]
-        command += ["--directory", str(options.directory)] if options.directory else []
+def run_child(
+    part: str, framework: str, budget_s: float, options: Any, root: Path, size: float = 0.0
+) -> dict[str, Any]:
+    """Has a process of its own, which has the whole device, do one part.
+
+    What it has found so far is in a file among the results, in case that this process is killed.
+    """
+    answer = root / f"part-{part}-{framework}-{size:g}.json"
+    with _directory(options) as where:
+        command = [sys.executable, "-m", "bench.gpu", "--part", part, "--framework", framework]
+        command += ["--size", str(size), "--budget-s", str(budget_s), "--answer", str(answer)]
+        command += ["--rounds", str(options.rounds), "--directory", where]
         command += [flag for flag in ("--quick", "--allow-cpu") if flag in options.flags]
         env = {**os.environ, "PYTHONPATH": _python_path()}
+        if part == "resume":  # whose trainings are processes of their own, on the same device
+            env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        limit_s = budget_s + OVERTIME_S
+        failed = ""
         try:
             # Its parts watch their time; this is for one that hangs.
-            ended = subprocess.run(command, check=False, env=env, timeout=2 * budget_s + 60)
+            code = subprocess.run(command, check=False, env=env, timeout=limit_s).returncode
+            failed = f"exit code {code}; see the output" if code else ""
         except subprocess.TimeoutExpired:
-            return {"failed": f"hung: not done after {2 * budget_s + 60:.0f} s"}
-        if ended.returncode == 0:
-            found: dict[str, Any] = json.loads(answer.read_text())
-            return found
-        return {"failed": f"exit code {ended.returncode}; see the output"}
+            failed = f"hung: not done after {limit_s:.0f} s"
+    found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+    answer.unlink(missing_ok=True)
+    return {**found, "failed": failed} if failed else found
+
+
+def _directory(options: Any) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=options.directory)
 
 
 def _python_path() -> str:
@@ -178,28 +199,102 @@ def _python_path() -> str:
     return os.pathsep.join(path for path in paths if path)
 
 
-def run_framework(framework: str, budget_s: float, options: Any) -> dict[str, Any]:
+class Results:
+    """The JSON files, written as soon as there is something new in them."""
+
+    def __init__(self, options: Any) -> None:
+        self._options = options
+        quick = options.quick and options.results is None
+        fresh = Path(tempfile.mkdtemp(prefix="bench-gpu-")) if quick else None
+        self.root: Path = fresh or options.results or RESULTS
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.failed = False
+
+    def keep(self, name: str, result: dict[str, Any], found: dict[str, Any]) -> None:
+        """Writes a result, to which something was found; not if nothing is known of the machine."""
+        self.failed |= "failed" in found
+        device = found.get("device") or result.get("device")
+        if device is None:
+            return
+        result["device"] = device
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        self._options.results = self.root / f"{slug}-{len(os.sched_getaffinity(0))}cpu"
+        print(f"kept as {write(name, self._options, result)}", flush=True)
+
+
+def run_parts(chosen: Sequence[str], options: Any) -> bool:
+    """All parts, what matters most first; tells whether one failed."""
+    clock, results = Clock.of(options.budget_s), Results(options)
+    for part in ("correctness", "resume"):
+        if part not in options.parts:
+            continue
+        result = _result(f"gpu-{part}", options, frameworks={})
+        for framework in chosen:
+            share_s = options.budget_s * SHARES[part] / len(chosen)
+            if options.quick:  # little work, but maybe a slow machine
+                share_s = clock.left_s
+            print(f"== {part}, {framework}: {share_s:.0f} s", flush=True)
+            found = run_child(part, framework, share_s, options, results.root)
+            result["frameworks"][framework] = found
+            results.keep(f"gpu-{part}", result, found)
+    if "size" in options.parts:
+        for number, framework in enumerate(chosen):
+            share_s = clock.left_s / (len(chosen) - number)
+            if options.quick:
+                share_s = min(share_s, REHEARSAL_S)
+            run_sizes(framework, share_s, options, results)
+    return results.failed
+
+
+def run_sizes(framework: str, budget_s: float, options: Any, results: Results) -> None:
     """All sizes of a framework; larger ones get more of the time."""
     weights = [size**0.5 for size in options.sizes]
-    sizes: dict[str, Any] = {}
+    result = _result("gpu", options, framework=framework, sizes={})
     for size, weight in zip(options.sizes, weights, strict=True):
-        share_s = budget_s * weight / sum(weights)
+        share_s = budget_s * weight / sum(weights) - OVERTIME_S / 2
         print(f"== {framework}, {size:g} GB: {share_s:.0f} s", flush=True)
-        sizes[f"{size:g}"] = run_child(framework, size, share_s, options)
+        found: dict[str, Any] = {"skipped": f"no time: {share_s:.0f} s left"}
+        if share_s > START_S:
+            found = run_child("size", framework, share_s, options, results.root, size)
+        result["sizes"][f"{size:g}"] = found
+        results.keep(f"gpu-{framework}", result, found)
+
+
+def _result(benchmark: str, options: Any, **more: Any) -> dict[str, Any]:
     return {
-        "benchmark": "gpu",
-        "framework": framework,
+        "benchmark": benchmark,
         "machine": machine.describe(Path(options.directory or tempfile.gettempdir())),
-        "settings": {"budget_s": budget_s, "quick": options.quick, "rounds": options.rounds},
-        "sizes": sizes,
+        "settings": {
+            "budget_s": options.budget_s,
+            "quick": options.quick,
+            "rounds": options.rounds,
+        },
+        **more,
     }
 
 
-def _machine_name(result: dict[str, Any]) -> str:
-    """A folder for results of machines with this device."""
-    devices = [size["device"] for size in result["sizes"].values() if "device" in size]
-    slug = re.sub(r"[^a-z0-9]+", "-", devices[0].lower()).strip("-")
-    return f"{slug}-{len(os.sched_getaffinity(0))}cpu"
+def run_part(options: Any) -> None:
+    """One part of one framework, in this process; its answer is written as it grows."""
+
+    def report(found: dict[str, Any]) -> None:
+        partial = Path(f"{options.answer}.partial")
+        partial.write_text(json.dumps(found))
+        partial.rename(options.answer)
+
+    lab = importlib.import_module(f"bench.gpu.{options.framework}")
+    if not (lab.has_accelerator() or options.allow_cpu):
+        raise SystemExit(NO_GPU.format(framework=options.framework, device=lab.device_name()))
+    if options.part == "size":
+        report(run_size(options, report))
+    elif options.part == "correctness":
+        found = correctness.run(options, report)
+        if failed := correctness.failures(found):
+            report({**found, "failed": ", ".join(failed)})
+    else:
+        device = lab.device_name()
+        report({"device": device})
+        found = resume.run(options.framework, options.directory, options.budget_s)
+        report({"device": device, **found})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=None)
     parser.add_argument("--sizes", nargs="+", type=float, default=None, help="GB of state")
     parser.add_argument("--directory", type=Path, default=None, help="where to save")
@@ -216,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of loops at most")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     parser.add_argument("--allow-cpu", action="store_true", help="do without a GPU")
-    for inner in ("--framework", "--answer"):
+    for inner in ("--framework", "--answer", "--part"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=float, help=argparse.SUPPRESS)
     return parser
@@ -224,8 +320,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    if options.framework:
-        Path(options.answer).write_text(json.dumps(run_size(options)))
+    if options.part:
+        run_part(options)
         return
     options.flags = [
         flag
@@ -236,18 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = options.frameworks or [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
     if not chosen:
         raise SystemExit("bench.gpu: neither JAX nor PyTorch is installed. Install one.")
-    root = options.results or (
-        Path(tempfile.mkdtemp(prefix="bench-gpu-")) if options.quick else RESULTS
-    )
-    failed = False
-    for framework in chosen:
-        result = run_framework(framework, options.budget_s / len(chosen), options)
-        sizes = result["sizes"].values()
-        failed |= any("failed" in size for size in sizes)
-        if any("device" in size for size in sizes):  # else nothing is known of the machine
-            options.results = root / _machine_name(result)
-            print(f"kept as {write(f'gpu-{framework}', options, result)}")
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if run_parts(chosen, options) else 0)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ class Training:
             params[name] = jax.random.normal(jax.random.key(10 + i), size) * 0.02
         zeros = jax.tree.map(jnp.zeros_like, params)
         more_zeros = jax.tree.map(jnp.zeros_like, params)  # no buffer may be donated twice
-        self._state: State = {"params": params, "m": zeros, "v": more_zeros}
+        # As Keras has them beside its weights: a state of one dtype is easier to copy.
+        counters = {"iteration": jnp.int32(0), "seed": jnp.zeros(2, jnp.uint32)}
+        self._state: State = {"params": params, "m": zeros, "v": more_zeros, "counters": counters}
         self._losses: collections.deque[jax.Array] = collections.deque()
         self._step = jax.jit(functools.partial(_step, shape=shape), donate_argnums=0)
         self._count = 0
@@ -115,7 +117,9 @@ def _step(state: Any, inputs: Any, targets: Any, count: Any, *, shape: Shape) ->
 
     m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state["m"], gradients)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, state["v"], gradients)
-    return {"params": jax.tree.map(moved, state["params"], m, v), "m": m, "v": v}, loss
+    params = jax.tree.map(moved, state["params"], m, v)
+    counters = jax.tree.map(lambda counter: counter + 1, state["counters"])
+    return {"params": params, "m": m, "v": v, "counters": counters}, loss
 
 
 def _loss(params: Any, inputs: Any, targets: Any, shape: Shape) -> Any:

@@ -106,6 +106,11 @@ class Training:
             self._blocks = torch.nn.ModuleList(Block(shape) for _ in range(shape.count))
         self._optimizer = torch.optim.Adam(self._blocks.parameters(), fused=True)
         self._in_flight: collections.deque[Any] = collections.deque()
+        # As Keras has them beside its weights: a state of one dtype is easier to copy.
+        self._counters = {
+            "iteration": torch.zeros((), dtype=torch.int32, device=_device()),
+            "seed": torch.zeros(2, dtype=torch.int64, device=_device()),
+        }
         self.step()  # makes the slots
         self.sync()
 
@@ -119,6 +124,7 @@ class Training:
             "params": params,
             "m": {name: slot["exp_avg"] for name, slot in slots.items()},
             "v": {name: slot["exp_avg_sq"] for name, slot in slots.items()},
+            "counters": self._counters,
         }
 
     def step(self) -> None:
@@ -130,6 +136,8 @@ class Training:
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        for counter in self._counters.values():
+            counter.add_(1)
         if has_accelerator():
             self._in_flight.append(torch.cuda.current_stream().record_event())
         if len(self._in_flight) > 2:
@@ -141,14 +149,18 @@ class Training:
 
 
 class _DeviceCopy(Floor):
-    """One call that copies all tensors over the copies before: nothing leaves the device."""
+    """A call per dtype copies all tensors over the copies before: nothing leaves the device."""
 
     def prepare(self, state: State) -> None:
         self._copies = [torch.empty_like(tensor) for tensor in _tensors(state)]
+        self._dtypes = {copy.dtype for copy in self._copies}
 
     def save(self, step: int, state: State) -> None:
         del step
-        torch._foreach_copy_(self._copies, _tensors(state))
+        pairs = list(zip(self._copies, _tensors(state), strict=True))
+        for dtype in self._dtypes:
+            some = [pair for pair in pairs if pair[0].dtype == dtype]
+            torch._foreach_copy_([copy for copy, _ in some], [tensor for _, tensor in some])
 
     def wait(self) -> None:
         _sync()
@@ -203,6 +215,8 @@ class _Dcp:
                 use_non_blocking_copy=has_accelerator(),
             )
         )
+        # In torch 2.11 each save closes the stager, which then cannot be used again.
+        self._close_stager, self._stager.close = self._stager.close, lambda: None
         self._response: Any = None
         self._newest: Path | None = None
 
@@ -251,7 +265,7 @@ class _Dcp:
 
     def close(self) -> None:
         self.wait()
-        self._stager.close()
+        self._close_stager()
 
 
 def _flat(state: State) -> dict[str, torch.Tensor]:
@@ -279,7 +293,7 @@ SUBJECTS = (
     Subject(
         "device copy",
         "floor: copy on the device",
-        "`_foreach_copy_` of all tensors over the copies before",
+        "`_foreach_copy_` of all tensors of a dtype over the copies before",
         lambda _: _DeviceCopy(),
         saves=False,
     ),

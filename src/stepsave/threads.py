@@ -25,7 +25,7 @@ from queue import Empty, SimpleQueue
 from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
-__all__ = ("Crew", "Fate", "Latch", "is_running")
+__all__ = ("Call", "Crew", "Fate", "Latch", "is_running")
 
 T = TypeVar("T")
 
@@ -131,10 +131,13 @@ class Crew:
 
         If the caller is interrupted meanwhile, the function is called to its end all the same.
         """
-        call = _Call(function)
+        return self.begin(function).take()
+
+    def begin(self, function: Callable[[], T]) -> Call[T]:
+        """Has a thread of the crew call a function, and goes on meanwhile."""
+        call = Call(function)
         self.put(call.make)
-        call.done.wait()
-        return call.take()
+        return call
 
     def share(self, items: Iterable[T], work: Callable[[T], object], helpers: int) -> None:
         """Does something with each item, with the help of threads of the crew that are free.
@@ -238,8 +241,8 @@ class _Start:
             self.done.open()
 
 
-class _Call(Generic[T]):
-    """A call by a thread of a crew, and what came of it."""
+class Call(Generic[T]):
+    """A call by a thread of a crew, and what comes of it."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -256,6 +259,8 @@ class _Call(Generic[T]):
             self.done.open()
 
     def take(self) -> T:
+        """Waits for the end; returns what was returned, or raises what was raised. Once."""
+        self.done.wait()
         if self._error is None:
             return self._results.pop()
         try:

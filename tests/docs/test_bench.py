@@ -13,6 +13,7 @@ from bench.publish.collected import Collected
 
 ROOT = Path(__file__).parent.parent.parent
 STARTED = ("none", "stepsave", "keras")
+GPU = ("bench.gpu", "--quick", "--allow-cpu")
 RUNS = {
     "engine": ["bench.saves.engine", "--quick"],
     "fits": [
@@ -46,7 +47,8 @@ RUNS = {
         *("bench.fits", "--quick", "--backend", "jax", "--trains", "adapters"),
         *("--subjects", "stepsave", "copy"),
     ],
-    "gpu": ["bench.gpu", "--quick", "--allow-cpu", "--rounds", "1", "--budget-s", "60"],
+    "gpu": [*GPU, "--rounds", "1", "--budget-s", "290", "--parts", "correctness", "size"],
+    "gpu resume": [*GPU, "--budget-s", "280", "--parts", "resume"],
 }
 
 
@@ -119,16 +121,31 @@ def test_a_benchmark_runs_checks_what_it_restored_and_keeps_its_samples(name, tm
     if name in ("imports", "starts", "changes", "changes in fits"):
         assert SECTIONS[name] in details.of_machine(Collected.load(tmp_path))
     if name == "gpu":
-        assert {result["framework"] for result in found} == {"jax", "torch"}
-        for result in found:
-            (size,) = result["sizes"].values()
-            failed = {
-                key: one["failed"] for key, one in size["subjects"].items() if "failed" in one
-            }
-            assert not failed
-            saved = [one for one in size["subjects"].values() if "restored_equal" in one]
-            assert all(one["restored_equal"] == size["arrays"] for one in saved)
-            assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
+        check_gpu(found)
+    if name == "gpu resume":
+        (result,) = found
+        assert set(result["frameworks"]) == {"jax", "torch"}
+        for each in result["frameworks"].values():
+            assert each["same bits"]
+            assert 0 < each["resumed"]["batches"] < each["whole"]["batches"]
+
+
+def check_gpu(found: list[dict]) -> None:
+    parts = {result["benchmark"]: result for result in found if result["benchmark"] != "gpu"}
+    checks = parts["gpu-correctness"]["frameworks"]
+    assert set(checks) == {"jax", "torch"}
+    for each in checks.values():
+        assert each["checks"]["every step, device"]["saves"] == 20
+        assert each["checks"]["every step, device"]["snapshot"] == "device"
+    sizes = [result for result in found if result["benchmark"] == "gpu"]
+    assert {result["framework"] for result in sizes} == {"jax", "torch"}
+    for result in sizes:
+        (size,) = result["sizes"].values()
+        failed = {key: one["failed"] for key, one in size["subjects"].items() if "failed" in one}
+        assert not failed
+        saved = [one for one in size["subjects"].values() if "restored_equal" in one]
+        assert all(one["restored_equal"] == size["arrays"] for one in saved)
+        assert size["subjects"]["stepsave"]["facts"]["snapshot"] == "device"
 
 
 def test_a_resume_counts_only_with_the_state_that_was_saved_and_at_its_batch():

@@ -2,13 +2,14 @@
 
 import importlib
 import threading
+import types
 
 import numpy as np
 import pytest
 
 import stepsave
 from stepsave.engine.commit import CommitProtocol
-from stepsave.snapshot import staging
+from stepsave.snapshot.page_locks import NoPins
 from stepsave.snapshot.staging import Stager, choose_stager
 
 LEAVES = 12
@@ -125,25 +126,41 @@ def test_a_state_of_another_structure_is_staged_anew(tmp_path, numbers):
         assert_is_of(saver.restore(), 3)
 
 
-def test_all_arenas_are_page_locked_with_and_without_prepare(tmp_path, numbers, monkeypatch):
-    stage = type(numbers.stage_module().make_stage(on_device=True))
-    pinned: list[int] = []
-    monkeypatch.setattr(stage, "pin", lambda _, memory: pinned.append(memory.ctypes.data))
+class NotedPins:
+    """Notes what is pinned."""
 
-    def pinned_of(saver):
-        assert len(pinned) == len(set(pinned)) == 2, "each arena once"
-        found, pinned[:] = set(pinned), []
-        assert found == {memory.ctypes.data for memory in saver._capture._pool.memories}
+    def __init__(self):
+        self.pinned = []
+
+    def pin(self, memory):
+        self.pinned.append(memory.ctypes.data)
+
+    def unpin(self):
+        self.pinned = []
+
+
+def test_all_arenas_are_page_locked_with_and_without_prepare(tmp_path, numbers, monkeypatch):
+    pins = NotedPins()
+    monkeypatch.setattr(numbers.stage_module(), "make_pins", lambda _: pins)
+
+    def check_pinned(saver):
+        saver.wait()
+        assert len(pins.pinned) == len(set(pins.pinned)) == 2, "each arena once"
+        memories = saver._capture._pool.memories
+        assert set(pins.pinned) == {memory.ctypes.data for memory in memories}
 
     with stepsave.Checkpointer(tmp_path / "prepared", snapshot="device") as saver:
         saver.prepare(numbers.state(1))
-        pinned_of(saver)
+        saver.save(1, numbers.state(1))
+        check_pinned(saver)
+    assert not pins.pinned
     with stepsave.Checkpointer(tmp_path / "not", snapshot="device") as saver:
         saver.save(1, numbers.state(1))
-        pinned_of(saver)
+        check_pinned(saver)
         saver.save(2, numbers.state(2, shape=(60, 5000)))  # takes larger arenas
-        pinned_of(saver)
+        check_pinned(saver)
         assert_is_of(saver.restore(), 2)
+    assert not pins.pinned
 
 
 def test_skipped_saves_touch_no_device(tmp_path, numbers, monkeypatch):
@@ -167,13 +184,13 @@ def test_skipped_saves_touch_no_device(tmp_path, numbers, monkeypatch):
 
 
 def test_a_device_without_room_is_told_of_and_the_host_used(tmp_path, numbers, monkeypatch):
-    module = staging.importlib.import_module(f"stepsave.snapshot.{numbers.kind}")
+    module = numbers.stage_module()
     real = module._Stage.begin
 
-    def begin(self, leaves, targets):
+    def begin(self, *arguments):
         if self.on_device:
             raise MemoryError("out of device memory")
-        return real(self, leaves, targets)
+        return real(self, *arguments)
 
     monkeypatch.setattr(module._Stage, "begin", begin)
     state = numbers.state(1)
@@ -258,11 +275,11 @@ def test_a_wrong_mode_is_refused(tmp_path):
 def test_jax_copies_reuse_the_memory_of_the_copies_before():
     numbers = Numbers("jax")
     leaves = list(numbers.state(1)["big"].values())
-    stage = staging.importlib.import_module("stepsave.snapshot.jax").make_stage(on_device=True)
+    stage = numbers.stage_module().make_stage(NoPins(), on_device=True)
     stage.prepare(leaves)
     addresses = []
     for _ in range(4):
-        stage.begin(leaves, None)
+        stage.begin(leaves, (), None)
         addresses.append([copy.unsafe_buffer_pointer() for copy in stage._copies])
     assert addresses[0] == addresses[1] == addresses[2] == addresses[3]
 
@@ -273,3 +290,71 @@ def test_held_tensors_are_let_go_when_they_are_on_the_host(tmp_path):
     with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
         saver.save(1, state).wait()
         assert saver._capture._filling._source is None
+
+
+def test_numpy_leaves_are_copied_when_they_are_saved(tmp_path, numbers, monkeypatch):
+    """At once, and to where they are written from: a callback keeps the best weights like that."""
+    arenas = []
+    real = Stager.begin
+
+    def begin(self, leaves, plan, arena):
+        source = real(self, leaves, plan, arena)
+        arenas.append((source, arena.copy()))
+        return source
+
+    monkeypatch.setattr(Stager, "begin", begin)
+    best = np.random.default_rng(0).standard_normal((300, 500)).astype(np.float32)
+    best_then = best.copy()
+    state = {"a": numbers.state(1), "best": best, "c": numbers.state(1)}
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        handle = saver.save(1, state)
+        best += 1
+        handle.wait()
+        assert best_then.tobytes() in arenas[0][1].tobytes()
+        assert np.array_equal(saver.restore().state["best"], best_then)
+
+
+def test_a_state_is_described_once_as_long_as_it_looks_the_same(numbers, monkeypatch):
+    described = []
+    module = numbers.stage_module()
+    real = module.describe
+    monkeypatch.setattr(module, "describe", lambda leaves: described.append(1) or real(leaves))
+    stager = choose_stager(list(numbers.state(1)["big"].values()), "device")
+    for count, shape in enumerate([(60, 500), (500, 60)], 1):
+        for step in range(3):
+            leaves = list(numbers.state(step, shape=shape)["big"].values())
+            forms = stager.describe([("leaf", str(i)) for i in range(LEAVES)], leaves)
+            assert [form.shape for form in forms] == [shape] * LEAVES
+        assert len(described) == count
+
+
+def test_a_copy_on_a_device_of_jax_leaves_a_reserve(monkeypatch):
+    jax_module = importlib.import_module("stepsave.snapshot.jax")
+    stats = {"bytes_limit": 1000, "peak_bytes_in_use": 500}
+    device = type("Device", (), {"memory_stats": lambda _: stats})()
+    monkeypatch.setattr(jax_module, "bytes_by_device", lambda _: {device: 400})
+    assert jax_module.has_room([], 1.1, 0.05)
+    assert not jax_module.has_room([], 1.1, 0.07)
+    stats.clear()
+    assert not jax_module.has_room([], 1.1, 0.05), "nothing is known of its memory"
+
+
+def test_a_copy_on_a_device_of_torch_leaves_a_reserve(monkeypatch):
+    torch = pytest.importorskip("torch")
+    module = importlib.import_module("stepsave.snapshot.torch")
+    leaf = types.SimpleNamespace(device=torch.device("cuda", 0), nbytes=400)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (450, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 150)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 100)
+    assert module.has_room([leaf], 1.1, 0.05)
+    assert not module.has_room([leaf], 1.1, 0.07)
+
+
+def test_tensorflow_on_a_gpu_is_staged_but_takes_no_device_memory_unasked():
+    module = Numbers("tensorflow").stage_module()
+    cpu, gpu = (types.SimpleNamespace(device=f"/device:{name}:0") for name in ("CPU", "GPU"))
+    assert module.is_on_accelerator([cpu, gpu])
+    assert not module.is_on_accelerator([cpu])
+    assert not module.has_room([gpu], 1.1, 0.05)
+    assert module.make_stage(NoPins(), on_device=False).blocks
+    assert not module.make_stage(NoPins(), on_device=True).blocks

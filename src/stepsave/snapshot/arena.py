@@ -90,9 +90,22 @@ class Arena:
             runs = compile_runs(plan, self.bytes)
             self._bound = plan, runs, [run.piece_bytes for run in runs]
 
-    def expect_device(self) -> None:
-        """A device writes to the arena from now on: what is in it does not stay there."""
-        self._stays = False
+    def settle(self, *, by_device: bool = False) -> None:
+        """Has nobody write to the arena but those who fill it with a state of the bound plan.
+
+        Args:
+            by_device: Whether a device, or somebody for it, writes from now on: what is in the
+                arena does not stay there.
+        """
+        assert self._bound is not None
+        self._stays = self._stays and not by_device
+        if self.touching is not None:
+            self.touching.stop()
+            self.touching = None
+        if not self._is_blank:
+            for begin, end in gaps(self._bound[0], self.capacity_bytes):
+                self.bytes[begin:end] = 0  # whatever another plan had there
+            self._is_blank = True
 
     def begin(self, source: Source, attention: Attention, *, is_led: bool = False) -> Filling:
         """Begins to fill the arena with a state of the bound plan.
@@ -104,13 +117,7 @@ class Arena:
         """
         assert self._bound is not None
         plan, runs, sizes = self._bound
-        if self.touching is not None:
-            self.touching.stop()
-            self.touching = None
-        if not self._is_blank:
-            for begin, end in gaps(plan, self.capacity_bytes):
-                self.bytes[begin:end] = 0  # whatever another plan had there
-            self._is_blank = True
+        self.settle()
         held = Held(sizes, self._contents, stays=self._stays)
         self._contents, self._stays = held.now, True
         self.filling = Filling(runs, plan, source, held, attention, is_led=is_led)
@@ -216,14 +223,15 @@ class ArenaPool:
 
     @property
     def memories(self) -> list[Bytes]:
-        """The memory of all arenas."""
+        """The memory of all arenas: the same objects as long as these are the same."""
         return [arena.bytes for arena in self._arenas]
 
     def wait_touched(self) -> None:
         """Returns when all pages are present that nobody needed before."""
         for arena in self._arenas:
-            if arena.touching is not None:
-                arena.touching.wait()
+            touching = arena.touching
+            if touching is not None:
+                touching.wait()
 
     def acquire(self, claim: Claim, *, block: bool) -> Arena | None:
         """Lends a free arena.

@@ -28,9 +28,9 @@ from stepsave.snapshot.arrays import (
 )
 from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.filling import Filling
-from stepsave.snapshot.pages import Pages
+from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
-from stepsave.threads import Crew
+from stepsave.threads import Call, Crew
 
 __all__ = ("Capture", "Snapshot")
 
@@ -94,6 +94,8 @@ class Capture:
         self._stager: Stager | None = None
         self._is_chosen = False
         self._filling: Filling | None = None
+        self._pinning: tuple[list[Bytes], Call[None]] | None = None
+        self._pinned: Call[None] | None = None  # the last of these that went well
         self._drain = drain
         self._pool: ArenaPool | None = None
         self._restored: Pages | None = None
@@ -153,7 +155,8 @@ class Capture:
         assert arena is not None
         arena.bind(structure.blueprint.plan)
         if self._stager is not None:
-            arena.expect_device()
+            arena.settle(by_device=True)
+            self._wait_pinned(pool)
         source = self._source(leaves, arrays, structure, arena)
         waits = self._stager is None or self._stager.blocks
         filling = self._filling = arena.begin(source, structure.attention, is_led=not waits)
@@ -174,22 +177,53 @@ class Capture:
     def _drop_pool(self) -> None:
         if self._pool is not None:
             self._pool.close()
+        self._end_pinning()
         if self._stager is not None:
             self._stager.unpin()  # before the memory goes
         self._pool = None
 
     def _pin(self) -> None:
-        if self._stager is not None and self._pool is not None:
-            self._stager.pin(self._pool.memories)
+        """Has the arenas made fast targets for transfers, in the background."""
+        stager, pool = self._stager, self._pool
+        if stager is None or pool is None:
+            return
+        memories = pool.memories
+
+        def pin() -> None:
+            pool.wait_touched()  # registering pages that others touch takes longer
+            stager.pin(memories)
+
+        self._pinning = memories, self._crew.begin(pin)
+
+    def _end_pinning(self) -> None:
+        if self._pinning is not None:
+            self._pinning[1].done.wait()
+            self._pinning = None
+
+    def _wait_pinned(self, pool: ArenaPool) -> None:
+        """Returns when transfers to the arenas are fast, as far as they can be.
+
+        Raises:
+            ArenaMemoryError: If none to one of them could be trusted.
+        """
+        if self._pinning is None or list(map(id, self._pinning[0])) != list(map(id, pool.memories)):
+            self._pin()
+        if self._pinning is not None and self._pinning[1] is not self._pinned:
+            try:
+                self._pinning[1].take()
+            except BaseException:
+                self._pinning = None  # or the next save would go where nothing can be trusted
+                raise
+            self._pinned = self._pinning[1]
 
     def _view(self, paths: Paths, leaves: Sequence[Any]) -> Views:
         """The leaves on the host, or what they will be there if they are staged."""
         if self._stager is not None and not self._stager.accepts(leaves):
             self._drain()
-            self._stager.close()
-            self._is_chosen, self._stager = False, None
+            self._end_pinning()
+            self._is_chosen = False
         if not self._is_chosen:
-            self._stager = choose_stager(leaves, self._mode)
+            self._stager = choose_stager(leaves, self._mode, self._stager)
             self._pin()
             self._is_chosen = True
         if self._stager is None:

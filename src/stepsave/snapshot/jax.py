@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-import threading
+import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +13,17 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
+from stepsave.snapshot.jax_transfer import (
+    Cut,
+    PinnedPool,
+    Transfer,
+    bytes_by_device,
+    has_pinned_memory,
+    is_exhausted,
+    send,
+    send_pageable,
+)
+from stepsave.snapshot.page_locks import NoPins
 
 _ArrayImpl = type(jnp.zeros(0))
 
@@ -25,8 +36,10 @@ __all__ = (
     "has_room",
     "is_on_accelerator",
     "make_like",
+    "make_pins",
     "make_stage",
     "open_leaf",
+    "signature",
     "view_on_host",
     "wrap_key",
 )
@@ -162,105 +175,131 @@ def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]
     return [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
 
 
+signature = operator.attrgetter("aval", "sharding")
+"""Of an array; two with the same one are described alike."""
+
+
 def is_on_accelerator(leaves: Sequence[Any]) -> bool:
     """Whether any array is not in host memory."""
     return not all(_is_on_cpu(leaf) for leaf in leaves)
 
 
-def has_room(leaves: Sequence[Any], headroom: float) -> bool:
+def has_room(leaves: Sequence[Any], headroom: float, reserve: float) -> bool:
     """Whether the devices have room for a copy, at the peak of what was in use so far."""
-    needed_bytes: collections.Counter[Any] = collections.Counter()  # by device
-    for leaf in leaves:
-        for shard in leaf.addressable_shards:
-            needed_bytes[shard.device] += shard.data.nbytes
-    for device, size_bytes in needed_bytes.items():
+    for device, size_bytes in bytes_by_device(leaves).items():
         stats: dict[str, int] | None = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             return False
+        limit_bytes = stats["bytes_limit"]
         peak_bytes = stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0))
-        if stats["bytes_limit"] - peak_bytes < size_bytes * headroom:
+        if limit_bytes - peak_bytes < size_bytes * headroom + limit_bytes * reserve:
             return False
     return True
 
 
-def make_stage(*, on_device: bool) -> _Stage:
+def make_pins(leaves: Sequence[Any]) -> PinnedPool | NoPins:
+    """Makes what gets JAX's pinned memory ready; see `staging.Pins`."""
+    if not is_on_accelerator(leaves):
+        return NoPins()
+    sizes_bytes = bytes_by_device(leaves)
+    return PinnedPool(sizes_bytes) if all(map(has_pinned_memory, sizes_bytes)) else NoPins()
+
+
+def make_stage(pins: PinnedPool | NoPins, *, on_device: bool) -> _Stage:
     """Makes what takes JAX arrays off their devices; see `staging.Stage`."""
-    return _Stage(on_device=on_device)
+    return _Stage(pins, on_device=on_device)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Programs:
+    """What copies the parts on one device: into new memory, or over the copies before."""
+
+    numbers: list[int]
+    copy: Any
+    renew: Any
 
 
 class _Stage:
     """Copies on the device into the memory of the copy before, or straight to pinned memory.
 
     Either way XLA keeps the order: the next training step, to which the arrays are donated,
-    waits on the device until they have been read.
+    waits on the device until they have been read. Only if there is no pinned memory the caller
+    has to wait.
     """
 
-    def __init__(self, *, on_device: bool) -> None:
+    def __init__(self, pins: PinnedPool | NoPins, *, on_device: bool) -> None:
         self.on_device = on_device
         self.blocks = False
+        self._pool = pins if isinstance(pins, PinnedPool) else None
+        # Replaced as one: no interruption leaves one state's cut with another's programs.
+        self._compiled: tuple[Cut, list[_Programs]] | None = None
         self._copies: list[jax.Array] | None = None
-        self._copy: Any = None
-        self._renew: Any = None
 
     def prepare(self, leaves: Sequence[Any]) -> None:
         """Compiles both copies: compiling would stall the first two saves."""
-        if not self.on_device:
-            return
-        state = list(leaves)
-        places = [leaf.sharding for leaf in state]
-        copy = jax.jit(_copy_all, out_shardings=places)
-        # `keep_unused`, or XLA would drop the old copy instead of reusing its memory.
-        renew = jax.jit(_copy_over, out_shardings=places, donate_argnums=1, keep_unused=True)
-        self._copy = copy.lower(state).compile()
-        self._renew = renew.lower(state, state).compile()
         self._copies = None
+        self._compiled = self._compile(leaves)
 
-    def begin(self, leaves: Sequence[Any], _: object) -> _Transfer:
-        state = list(leaves)
+    def _compile(self, leaves: Sequence[Any]) -> tuple[Cut, list[_Programs]]:
+        cut = Cut(leaves)
         if not self.on_device:
-            # Memory of the CPU is not sent anywhere, so it must stay as it is.
-            self.blocks = not is_on_accelerator(state)
-            return _Transfer(_send(state), sent=True)
+            return cut, []
+        parts = cut.parts(leaves)
+        programs: list[_Programs] = []
+        for numbers in cut.by_device.values():
+            some = [parts[number] for number in numbers]
+            places = [part.sharding for part in some]
+            copy = jax.jit(_copy_all, out_shardings=places)
+            # `keep_unused`, or XLA would drop the old copy instead of reusing its memory.
+            renew = jax.jit(_copy_over, out_shardings=places, donate_argnums=1, keep_unused=True)
+            compiled = copy.lower(some).compile(), renew.lower(some, some).compile()
+            programs.append(_Programs(numbers, *compiled))
+        return cut, programs
+
+    def begin(self, leaves: Sequence[Any], _: object, __: object) -> Transfer:
+        if self._compiled is None or not self._compiled[0].fits(leaves):
+            self.prepare(leaves)  # of other sizes, or on other devices
+        if not self.on_device:
+            return self._leave(leaves)
         try:
-            return _Transfer(self._take(state), sent=False)
+            return self._copy(leaves)
+        except (TypeError, ValueError):
+            # What was compiled knows of a difference that descriptions do not tell.
+            self.prepare(leaves)
+            return self._copy(leaves)
+
+    def _leave(self, leaves: Sequence[Any]) -> Transfer:
+        assert self._compiled is not None
+        cut, _ = self._compiled
+        parts = cut.parts(leaves)
+        sent = send(parts, self._pool)
+        self.blocks = sent is None
+        return Transfer(cut, sent or send_pageable(parts), self._pool, sent=True)
+
+    def _copy(self, leaves: Sequence[Any]) -> Transfer:
+        assert self._compiled is not None
+        cut, programs = self._compiled
+        old, self._copies = self._copies, None  # donated: lost, whatever happens
+        parts = cut.parts(leaves)
+        copies = list(parts)  # all are replaced
+        try:
+            for each in programs:
+                some = [parts[number] for number in each.numbers]
+                if old is None:
+                    made = each.copy(some)
+                else:
+                    made = each.renew(some, [old[number] for number in each.numbers])
+                for number, part in zip(each.numbers, made, strict=True):
+                    copies[number] = part
         except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" in str(e):
+            if is_exhausted(e):
                 raise MemoryError(str(e)) from e
             raise
-
-    def _take(self, state: list[jax.Array]) -> list[jax.Array]:
-        old, self._copies = self._copies, None  # donated: lost, whatever happens
-        copies: list[jax.Array]
-        try:
-            copies = self._copy(state) if old is None else self._renew(state, old)
-        except (TypeError, ValueError):
-            # The arrays have moved to other devices since; what was compiled says so.
-            self.prepare(state)
-            copies = self._copy(state)
         self._copies = copies
-        return copies
+        return Transfer(cut, copies, self._pool, sent=False)
 
-    def pin(self, memory: object) -> None:
+    def settle(self) -> None:
         """Nothing: JAX transfers to memory of its own."""
-
-    def unpin(self) -> None:
-        """Nothing to undo."""
-
-
-class _Transfer:
-    """Arrays on their way to the host; dropped when they are there."""
-
-    def __init__(self, arrays: list[jax.Array], *, sent: bool) -> None:
-        self._arrays = arrays
-        self._is_sent = sent
-        self._guard = threading.Lock()
-
-    def __call__(self, leaf: int) -> np.ndarray[Any, Any]:
-        with self._guard:  # the first thread that asks sends everything
-            if not self._is_sent:
-                self._arrays = _send(self._arrays)
-                self._is_sent = True
-        return np.asarray(self._arrays[leaf])
 
 
 def _copy_all(state: list[jax.Array]) -> list[jax.Array]:
@@ -269,14 +308,3 @@ def _copy_all(state: list[jax.Array]) -> list[jax.Array]:
 
 def _copy_over(state: list[jax.Array], _: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(leaf) for leaf in state]
-
-
-def _send(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Starts transfers to pinned host memory, which a device can write to at full speed.
-
-    Unlike `copy_to_host_async`, the arrays sent outlive the donation of those they came from.
-    """
-    if not is_on_accelerator(leaves):
-        return leaves
-    pinned = [leaf.sharding.with_memory_kind("pinned_host") for leaf in leaves]
-    return jax.device_put(leaves, pinned)

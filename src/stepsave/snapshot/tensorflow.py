@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,18 @@ import numpy as np
 import tensorflow as tf
 
 from stepsave.errors import InvalidStateError
+from stepsave.snapshot.page_locks import NoPins
 
-__all__ = ("describe", "has_room", "is_on_accelerator", "make_like", "make_stage", "view_on_host")
+__all__ = (
+    "describe",
+    "has_room",
+    "is_on_accelerator",
+    "make_like",
+    "make_pins",
+    "make_stage",
+    "signature",
+    "view_on_host",
+)
 
 
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
@@ -44,6 +55,10 @@ def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]
     return [(tuple(leaf.shape), np.dtype(leaf.dtype.as_numpy_dtype)) for leaf in leaves]
 
 
+signature = operator.attrgetter("shape", "dtype")
+"""Of a tensor or a variable; two with the same one are described alike."""
+
+
 def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
     """Returns a tensor on the same device; of a variable, a variable."""
     with tf.device(like.device):
@@ -53,17 +68,22 @@ def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
         return tensor
 
 
-def is_on_accelerator(_: Sequence[Any]) -> bool:
+def is_on_accelerator(leaves: Sequence[Any]) -> bool:
+    """Whether any tensor is on a GPU."""
+    return any("GPU" in leaf.device for leaf in leaves)
+
+
+def has_room(_: Sequence[Any], __: float, ___: float) -> bool:
     """False: TensorFlow does not tell how much device memory is free, so never unasked."""
     return False
 
 
-def has_room(_: Sequence[Any], __: float) -> bool:
-    """Not known, so no."""
-    return False
+def make_pins(_: Sequence[Any]) -> NoPins:
+    """Makes nothing: TensorFlow transfers to memory of its own."""
+    return NoPins()
 
 
-def make_stage(*, on_device: bool) -> _Stage:
+def make_stage(_: object, *, on_device: bool) -> _Stage:
     """Makes what takes tensors off their devices; see `staging.Stage`."""
     return _Stage(on_device=on_device)
 
@@ -71,24 +91,24 @@ def make_stage(*, on_device: bool) -> _Stage:
 class _Stage:
     """Holds the present values. TensorFlow copies a value that is held before it assigns.
 
-    So what is copied, and when, is TensorFlow's: variable by variable, in the next step.
+    So what is copied, and when, is TensorFlow's: variable by variable, in the next step. Who
+    wants none of that in device memory has to wait; several threads then transfer.
     """
 
     def __init__(self, *, on_device: bool) -> None:
         self.on_device = on_device
-        self.blocks = False
+        self.blocks = not on_device
 
     def prepare(self, leaves: Sequence[Any]) -> None:
         """Checks only."""
         for leaf in leaves:
             _value(leaf)
 
-    def begin(self, leaves: Sequence[Any], _: object) -> Callable[[int], np.ndarray[Any, Any]]:
+    def begin(
+        self, leaves: Sequence[Any], _: object, __: object
+    ) -> Callable[[int], np.ndarray[Any, Any]]:
         held = [_value(leaf) for leaf in leaves]
         return lambda leaf: _view(held[leaf])
 
-    def pin(self, memory: object) -> None:
-        """Nothing: TensorFlow transfers to memory of its own."""
-
-    def unpin(self) -> None:
-        """Nothing to undo."""
+    def settle(self) -> None:
+        """Nothing: no transfer writes to an arena."""

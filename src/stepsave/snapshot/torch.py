@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,25 @@ import torch
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
 from stepsave.snapshot.arrays import SavedArray, bytes_of
+from stepsave.snapshot.page_locks import NoPins, PageLocks
+from stepsave.snapshot.pieces import Pieces
+from stepsave.snapshot.torch_transfer import Clones, Lanes, Transfer, parts_of
 
 __all__ = (
     "describe",
     "has_room",
     "is_on_accelerator",
     "make_like",
+    "make_pins",
     "make_stage",
     "overwrite",
+    "signature",
     "view_on_host",
 )
 
-_logger = logging.getLogger("stepsave")
-
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Targets = Callable[[], Iterator[tuple[int, int, Bytes]]]
-Source = Callable[[int], "np.ndarray[Any, Any] | None"]
 
-_EVENT_BYTES = 32 << 20
-"""How much is sent between two events: what has arrived is checked while the rest comes."""
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices
 
 # torch has no NumPy form of these; the bits travel as an unsigned type of the same size.
 _BITS = {
@@ -95,6 +94,10 @@ def describe(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], np.dtype[Any]
     return [(tuple(leaf.shape), _host_dtype(_check(leaf).dtype)) for leaf in leaves]
 
 
+signature = operator.attrgetter("shape", "dtype", "device", "layout")
+"""Of a tensor; two with the same one are described alike."""
+
+
 @functools.cache
 def _host_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _view(torch.empty(0, dtype=dtype)).dtype
@@ -134,7 +137,7 @@ def is_on_accelerator(leaves: Sequence[Any]) -> bool:
     return any(leaf.is_cuda for leaf in leaves)
 
 
-def has_room(leaves: Sequence[Any], headroom: float) -> bool:
+def has_room(leaves: Sequence[Any], headroom: float, reserve: float) -> bool:
     """Whether the devices have room for a copy, at the peak of what was in use so far."""
     needed_bytes: collections.Counter[torch.device] = collections.Counter()
     for leaf in leaves:
@@ -142,15 +145,41 @@ def has_room(leaves: Sequence[Any], headroom: float) -> bool:
     for device, size_bytes in needed_bytes.items():
         if device.type != "cuda":
             continue
-        free_bytes, _ = torch.cuda.mem_get_info(device)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         # What torch's allocator holds but no step has ever needed is free too.
         idle_bytes = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        if free_bytes + max(0, idle_bytes) < size_bytes * headroom:
+        if free_bytes + max(0, idle_bytes) < size_bytes * headroom + total_bytes * reserve:
             return False
     return True
 
 
-def make_stage(*, on_device: bool) -> _Stage:
+def make_pins(leaves: Sequence[Any]) -> PageLocks | NoPins:
+    """Makes what page-locks arenas for transfers of such tensors; see `staging.Pins`."""
+    devices = [leaf.device for leaf in leaves if leaf.is_cuda]
+    return PageLocks(_Cuda(devices[0])) if devices else NoPins()
+
+
+class _Cuda:
+    """The driver of CUDA devices, by torch's copy of the runtime; see `page_locks.Driver`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def register(self, address: int, size_bytes: int) -> int:
+        # On a device in use: the first call on another one would take memory there.
+        with torch.cuda.device(self._device):
+            return int(_cudart().cudaHostRegister(address, size_bytes, _PORTABLE))
+
+    def unregister(self, address: int) -> int:
+        with torch.cuda.device(self._device):
+            return int(_cudart().cudaHostUnregister(address))
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
+
+
+def make_stage(_: object, *, on_device: bool) -> _Stage:
     """Makes what takes tensors off their devices; see `staging.Stage`."""
     return _Stage(on_device=on_device)
 
@@ -164,114 +193,29 @@ class _Stage:
     def __init__(self, *, on_device: bool) -> None:
         self.on_device = on_device
         self.blocks = not on_device
-        self._copies: list[torch.Tensor] = []
-        self._pinned: list[int] = []
+        self._clones: Clones | None = None
+        self._lanes = Lanes()
 
     def prepare(self, leaves: Sequence[Any]) -> None:
         """Checks only; the copies are made by the first save, when it is known if they fit."""
         for leaf in leaves:
             _check(leaf)
 
-    def begin(self, leaves: Sequence[Any], targets: Targets) -> Source:
-        tensors = [_check(leaf).resolve_conj().resolve_neg() for leaf in leaves]
-        if self.on_device:
-            try:
-                tensors = self._copy(tensors)
-            except torch.cuda.OutOfMemoryError as e:
-                self._copies = []
-                raise MemoryError(str(e)) from e
-        if not is_on_accelerator(tensors):
-            return lambda leaf: _view(tensors[leaf])
-        return _Transfer(tensors, targets)
-
-    def pin(self, memory: Bytes) -> None:
-        """Page-locks an arena, so that the device writes to it directly."""
-        if not torch.cuda.is_available():
-            return
-        code = int(_cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-        if code == 0:
-            self._pinned.append(memory.ctypes.data)
-            return
-        _logger.warning(
-            "cannot page-lock %d bytes (CUDA error %d): snapshots take longer. Raise the limit "
-            "on locked memory (ulimit -l).",
-            memory.nbytes,
-            code,
-        )
-
-    def unpin(self) -> None:
-        for address in self._pinned:
-            _cudart().cudaHostUnregister(address)
-        self._pinned = []
-
-    def _copy(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-        if list(map(_form, self._copies)) != list(map(_form, sources)):
-            self._copies = []  # first, so that there is room for the new ones
-            self._copies = [
-                torch.empty(source.shape, dtype=source.dtype, device=source.device)
-                for source in sources
-            ]
+    def begin(self, leaves: Sequence[Any], pieces: Pieces, arena: Bytes) -> Transfer:
         with torch.no_grad():
-            # One launch for many tensors; torch's own optimizers use it, but it has no public name.
-            foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
-            foreach_copy(self._copies, sources)
-        return self._copies
+            tensors = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
+            if not self.on_device:
+                return Transfer(self._lanes, parts_of(tensors, pieces), arena)
+            try:
+                clones = self._clones
+                if clones is None or not clones.fit(tensors, pieces):
+                    self._clones = clones = None  # first, so that there is room for others
+                    self._clones = clones = Clones(tensors, pieces)
+                clones.take(tensors)
+            except torch.cuda.OutOfMemoryError as e:
+                self._clones = None
+                raise MemoryError(str(e)) from e
+            return Transfer(self._lanes, clones.parts, arena)
 
-
-class _Transfer:
-    """Tensors on their way from CUDA devices into an arena."""
-
-    def __init__(self, tensors: list[torch.Tensor], targets: Targets) -> None:
-        self._tensors = [tensor.contiguous() for tensor in tensors]
-        self._targets = targets
-        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-        # Recorded now, by the caller: the tensors are as wanted when these have passed.
-        self._taken = {
-            device: torch.cuda.current_stream(device).record_event() for device in devices
-        }
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._arrived: dict[int, Any] = {}  # CUDA events, by tensor
-        self._guard = threading.Lock()
-
-    def __call__(self, leaf: int) -> np.ndarray[Any, Any] | None:
-        if not self._tensors[leaf].is_cuda:
-            return _view(self._tensors[leaf])
-        with self._guard:  # the first thread that asks sends everything
-            if not self._arrived:
-                self._send()
-        self._arrived[leaf].synchronize()
-        return None
-
-    def _send(self) -> None:
-        for device, event in self._taken.items():
-            self._streams[device] = stream = torch.cuda.Stream(device)
-            stream.wait_event(event)
-        sent: list[int] = []
-        sent_bytes = 0
-        for leaf, begin, memory in self._targets():
-            tensor = self._tensors[leaf]
-            if not tensor.is_cuda:
-                continue
-            run = tensor.reshape(-1).view(torch.uint8)[begin : begin + memory.nbytes]
-            with torch.cuda.stream(self._streams[tensor.device]):
-                torch.from_numpy(memory).copy_(run, non_blocking=True)
-            sent.append(leaf)
-            sent_bytes += memory.nbytes
-            if sent_bytes >= _EVENT_BYTES:
-                self._mark(sent)
-                sent, sent_bytes = [], 0
-        self._mark(sent)
-
-    def _mark(self, leaves: list[int]) -> None:
-        """Notes the event after which all that was sent of these leaves has arrived."""
-        events = {device: stream.record_event() for device, stream in self._streams.items()}
-        for leaf in leaves:
-            self._arrived[leaf] = events[self._tensors[leaf].device]
-
-
-def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()
+    def settle(self) -> None:
+        self._lanes.settle()
