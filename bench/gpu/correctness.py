@@ -229,8 +229,8 @@ def _failed_pin() -> dict[str, Any]:
     import torch
 
     from stepsave.snapshot import torch as torch_module
-    from stepsave.snapshot.arena import allocate_pages
     from stepsave.snapshot.page_locks import PageLocks
+    from stepsave.snapshot.pages import allocate_pages
 
     driver = torch_module._Cuda(torch.device("cuda", 0))
     codes: list[int] = []

@@ -68,18 +68,26 @@ def test_a_save_is_restored_by_the_same_one_and_by_the_next(tmp_path):
         assert_same_bits(found.state, state)
 
 
+def change(state, other):
+    """Gives the arrays of a state the values of those of another one, in place."""
+    for key, value in other.items():
+        if isinstance(value, dict):
+            change(state[key], value)
+        elif np.ndim(value):
+            state[key][...] = value
+        else:
+            state[key] = value
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("writer", ["auto", "tensorstore"])
 def test_a_snapshot_is_of_one_step_exactly(tmp_path, writer, double):
     state = state_of(0)
     with stepsave.Checkpointer(tmp_path, writer=writer, double_checkpoint=double) as saver:
         for step in range(1, 40):
-            for array in state["weights"].values():
-                array[...] = step
-            state["optimizer"]["step"] = np.int64(step)
+            change(state, state_of(step))
             saver.save(step, state)
-            for array in state["weights"].values():
-                array[...] = -1  # the next step, while the save is in flight
+            change(state, state_of(-1))  # the next step, while the save is in flight
             if step % 7 == 0:
                 assert saver.restore().step == step
                 assert_is_state_of(saver.restore())

@@ -12,8 +12,8 @@ import torch
 import stepsave
 from stepsave.snapshot import page_locks
 from stepsave.snapshot import torch as torch_module
-from stepsave.snapshot.arena import allocate_pages
 from stepsave.snapshot.page_locks import PageLocks
+from stepsave.snapshot.pages import allocate_pages
 
 SIZE_BYTES = 2 << 20
 NO_MEMORY = 2  # cudaErrorMemoryAllocation
