@@ -280,11 +280,12 @@ def test_a_save_in_flight_is_finished_when_the_interpreter_exits(tmp_path, endin
     done = run_python(
         HEAD
         + f"""
-real = stepsave.engine.checkpointer.LocalStore.write
+from stepsave.store.local import LocalStore
+real = LocalStore.write
 def write(self, path, data):
     time.sleep(0.05)  # so that the save is still in flight at the end
     real(self, path, data)
-stepsave.engine.checkpointer.LocalStore.write = write
+LocalStore.write = write
 saver = stepsave.Checkpointer(directory, writer={writer!r})
 saver.save(1, state_of(1))
 saver.save(2, state_of(2))

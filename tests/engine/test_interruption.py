@@ -16,6 +16,7 @@ from engine_support import assert_is_state_of, restore_once, state_of
 from interrupting import Interrupted, InterruptedAfter, interrupted_at_line
 
 import stepsave
+from stepsave.format.tree import flatten, unflatten
 
 PATIENCE_S = 60
 
@@ -76,9 +77,8 @@ def test_a_save_interrupted_at_any_line_has_happened_or_has_not(tmp_path, kind, 
     to_array = pytest.importorskip("jax").numpy.asarray if kind.startswith("jax") else np.asarray
 
     def state(step):
-        plain = state_of(step)
-        weights = {name: to_array(value) for name, value in plain["weights"].items()}
-        return {"weights": weights, "optimizer": {"step": to_array(plain["optimizer"]["step"])}}
+        paths, leaves = flatten(state_of(step))
+        return unflatten(paths, [to_array(leaf) for leaf in leaves])
 
     step = 0
     with stepsave.Checkpointer(tmp_path, **KINDS[kind]) as saver:
@@ -280,10 +280,10 @@ def test_a_signal_handler_that_saves_in_the_midst_of_a_save_is_told_so(tmp_path,
 
             fill = Pack.fill
 
-            def fill_and_handle(self, source):
+            def fill_and_handle(self, *args, **options):
                 if not errors:
                     handler()
-                fill(self, source)
+                fill(self, *args, **options)
 
             patch.setattr(Pack, "fill", fill_and_handle)
             saver.save(2, state_of(2)).wait()

@@ -98,7 +98,7 @@ def test_without_read_only_a_directory_that_cannot_be_written_is_refused(
     save_once(tmp_path, state_of(1))
     before = tree_bytes(tmp_path)
     if has_lock:  # one that everybody may write, in a directory that nobody may write to
-        monkeypatch.setattr(stepsave.store.lock.DirectoryLock, "acquire", lambda _: None)
+        monkeypatch.setattr("stepsave.store.lock.DirectoryLock.acquire", lambda _: None)
     request.getfixturevalue("no_writes")
     with pytest.raises(stepsave.BackupDirectoryError, match=str(tmp_path)) as caught:
         stepsave.Checkpointer(tmp_path, writer=writer)

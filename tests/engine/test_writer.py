@@ -6,6 +6,7 @@ import pytest
 from engine_support import assert_is_state_of, restore_once, state_of
 
 import stepsave
+from stepsave.format.tree import flatten
 from stepsave.store.local import LocalStore
 
 
@@ -34,7 +35,8 @@ def test_a_handle_tells_how_its_save_goes_on(tmp_path, gate):
             False,
             None,
         )
-        assert handle.bytes == sum(a.nbytes for a in state["weights"].values()) + 8
+        assert handle.bytes == sum(np.asarray(leaf).nbytes for leaf in flatten(state)[1])
+        assert (handle.changed_bytes, handle.written_bytes) == (0, 0)
         assert "step 7: in flight" in repr(handle)
         with pytest.raises(TimeoutError, match=r"step 7.*0.01 s"):
             handle.wait(0.01)

@@ -70,7 +70,7 @@ def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
 
 def is_on_accelerator(leaves: Sequence[Any]) -> bool:
     """Whether any tensor is on a GPU."""
-    return any("GPU" in leaf.device for leaf in leaves)
+    return any("GPU" in getattr(leaf, "device", "") for leaf in leaves)
 
 
 def has_room(_: Sequence[Any], __: float, ___: float) -> bool:
