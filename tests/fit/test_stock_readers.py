@@ -292,3 +292,20 @@ def test_a_model_on_four_devices_is_saved_and_read(backup_dir):
     flags = "--xla_force_host_platform_device_count=4"
     out, _ = Child(_FOUR_DEVICES, backup_dir, XLA_FLAGS=flags).wait()
     assert "all equal" in out
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it is imported there")
+def test_a_training_with_backups_does_not_import_tensorflow_for_them(backup_dir):
+    code = """
+import sys
+from keras_support import *
+fit(step_model(), stepsave.BackupAndRestore(sys.argv[1], 2, delete_checkpoint=False))
+assert "tensorflow" not in sys.modules
+import tensorflow
+from keras.src.utils import module_utils
+assert module_utils.tensorflow.available
+"""
+    Child(code, backup_dir).wait()
+    with stepsave.Checkpointer(backup_dir) as saver:
+        assert saver.restore() is not None
+    assert list(backup_dir.glob("*/model_config*")), "it can be rebuilt all the same"

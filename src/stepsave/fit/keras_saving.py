@@ -7,12 +7,22 @@ nothing is left out that it finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import sys
+from collections.abc import Generator, Iterator
 from typing import Any, cast
 
 import keras
 
-__all__ = ("derive_values", "has_own_way", "kind_of", "own_variables", "walk")
+__all__ = (
+    "carried_states",
+    "derive_values",
+    "has_own_way",
+    "kind_of",
+    "no_import_of_tensorflow",
+    "own_variables",
+    "walk",
+)
 
 Path = tuple[str, ...]
 
@@ -167,3 +177,23 @@ def derive_values(saveable: Any) -> None:
     """Has a layer renew what it derives from its variables, as when Keras loads them."""
     if isinstance(saveable, keras.layers.Normalization) and saveable.built:
         saveable.finalize_state()
+
+
+@contextlib.contextmanager
+def no_import_of_tensorflow() -> Generator[None, None, None]:
+    """Has Keras serialise without importing TensorFlow, where that is installed but not in use.
+
+    It does so, which takes seconds, only to ask whether something is of a type of TensorFlow's.
+    Nothing can be before it was imported.
+    """
+    from keras.src.utils import module_utils
+
+    lazy: Any = module_utils.tensorflow
+    if "tensorflow" in sys.modules or getattr(lazy, "_available", True) is not None:
+        yield
+        return
+    lazy._available = False
+    try:
+        yield
+    finally:
+        lazy._available = None

@@ -7,6 +7,7 @@ import logging
 from typing import Any, cast
 
 from stepsave.fit import keras_internals
+from stepsave.fit.keras_saving import no_import_of_tensorflow
 
 __all__ = ("model_config",)
 
@@ -24,7 +25,8 @@ def model_config(model: Any) -> str | None:
         _logger.info("%r has assets: its backups load with load_weights only", model.name)
         return None
     try:
-        config = json.loads(model.to_json())
+        with no_import_of_tensorflow():
+            config = json.loads(model.to_json())
     except Exception as e:  # noqa: BLE001  any layer's get_config may raise anything
         _logger.info(
             "%r cannot be serialised: its backups load with load_weights only: %r", model.name, e

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import warnings
+from collections.abc import Sequence
 
 from stepsave.errors import ArenaMemoryError
 from stepsave.format.records import LayoutPlan
@@ -66,10 +68,6 @@ class Arena:
         self._bound: _Bound | None = None
         self._contents: Contents = []  # what its pieces are known to hold
         self._stays = True
-
-    def touch(self, crew: Crew) -> None:
-        """Has its pages made present in the background, so that no snapshot pays for it."""
-        self.touching = Touching(self.bytes, crew)
 
     @property
     def is_free(self) -> bool:
@@ -202,6 +200,7 @@ class ArenaPool:
         available = self._available_bytes()
         while len(self._arenas) < 2 and self._add_one(available):
             available = None if available is None else available - self.capacity_bytes
+        crew.put(functools.partial(_touch, list(self._arenas)))
         if not self._arenas:
             raise ArenaMemoryError(
                 f"A host copy of the training state needs {_mebibytes(self.capacity_bytes)}, but "
@@ -306,6 +305,7 @@ class ArenaPool:
         available = self._available_bytes()
         if self._add_one(available):
             self._arenas.remove(lent[0])
+            self._crew.put(functools.partial(_touch, self._arenas[-1:]))
             return True
         if len(lent) < len(self._arenas):
             return False
@@ -323,13 +323,24 @@ class ArenaPool:
             arena = Arena(Pages(self.capacity_bytes))
         except (OSError, MemoryError):  # an address-space limit, say
             return False
-        arena.touch(self._crew)
+        arena.touching = Touching(arena.bytes)
         self._arenas.append(arena)
         return True
 
     def _available_bytes(self) -> int | None:
         # Read by the crew: an interruption must leave no file open.
         return self._crew.call(available_bytes)
+
+
+def _touch(arenas: Sequence[Arena]) -> None:
+    """Makes pages present, so that no snapshot pays for it: first those that are used first.
+
+    One after the other: more threads would take the cores from the training that starts.
+    """
+    for arena in arenas:
+        touching = arena.touching
+        if touching is not None:
+            touching.run()
 
 
 def _mebibytes(size_bytes: int | None) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepsave.threads import Crew, Fate, Latch
+from stepsave.threads import Fate, Latch
 
 __all__ = ("HUGE_PAGE_BYTES", "Bytes", "Pages", "Touching", "allocate_pages", "available_bytes")
 
@@ -24,6 +25,12 @@ HUGE_PAGE_BYTES = 2 << 20
 
 _PIECE_BYTES = 8 << 20
 """How much is touched at a time: the most that somebody waits for who needs the memory now."""
+
+_FAST_BYTES_PER_S = 1.5e9
+"""What a core makes present at least where nothing but zeroing the pages takes time."""
+
+_RESTS = 9
+"""How long a thread rests after each piece where it is slower, in times of what that took."""
 
 
 class Pages:
@@ -75,34 +82,40 @@ def allocate_pages(size_bytes: int) -> Bytes:
 
 
 class Touching:
-    """Makes memory present in the background, until somebody needs it."""
+    """Makes memory present in the background, until somebody needs it.
 
-    def __init__(self, memory: Bytes, crew: Crew) -> None:
-        """Has a thread of a crew begin. More would take the cores from the training that starts.
+    Where the host of a virtual machine backs memory only when it is touched, it does so for the
+    whole machine at one slow rate. A training that starts needs that too, so most of it is left to
+    it: there a thread that touches rests most of the time.
+    """
+
+    def __init__(self, memory: Bytes) -> None:
+        """Begins nothing yet.
 
         Args:
             memory: All zeros. Nobody writes there before `stop`.
-            crew: Whose thread does it.
         """
         self._memory = memory
-        self._is_wanted = False
         self._fate = Fate()
-        self._ended = Latch()
-        crew.put(self._touch)
+        self._wanted, self._ended = Latch(), Latch()
 
-    def _touch(self) -> None:
+    def run(self) -> None:
+        """Touches all of it, or what there is time for; for a thread of a crew."""
         try:
             if self._fate.accept():
                 for begin in range(0, len(self._memory), _PIECE_BYTES):
-                    if self._is_wanted:
-                        break
+                    began_s = time.perf_counter()
                     self._memory[begin : begin + _PIECE_BYTES : mmap.PAGESIZE] = 0
+                    took_s = time.perf_counter() - began_s
+                    is_slow = took_s * _FAST_BYTES_PER_S > _PIECE_BYTES
+                    if self._wanted.wait(_RESTS * took_s if is_slow else 0.0):
+                        break
         finally:
             self._ended.open()
 
     def stop(self) -> None:
         """Returns when nobody touches it any more. What is not present yet costs its time later."""
-        self._is_wanted = True
+        self._wanted.open()
         if not self._fate.drop():  # begun, so it ends with the piece that it is at
             self._ended.wait()
 
