@@ -217,3 +217,19 @@ def test_an_arena_that_is_needed_is_touched_no_further(monkeypatch, crew):
     pool.wait_touched()
     assert (np.asarray(taken.bytes)[: array.nbytes] == array).all()
     pool.close()
+
+
+def test_what_a_device_may_have_overwritten_is_not_taken_for_what_was_there():
+    array = random_array((HUGE_PAGE,), "uint8")
+    plan, arena = filled([array])
+    attention = Attention()
+    for _ in range(3):  # until it is known, and left alone
+        arena.begin([array].__getitem__, attention).work()
+    known = arena.begin([array].__getitem__, attention)
+    known.work()
+    assert known.held.changed_bytes() == 0
+    arena.settle(by_device=True)
+    arena.bytes[plan.chunks[0].offset_bytes] ^= 255  # and then the transfer failed
+    arena.begin([array].__getitem__, attention).work()
+    begin = plan.chunks[0].offset_bytes
+    assert (arena.bytes[begin : begin + array.nbytes] == array).all()
