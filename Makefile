@@ -25,12 +25,13 @@ test: $(VENV)/.test
 	export KERAS_BACKEND=jax; \
 	$(call part,what the documents show,tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
 
-# Everything: the whole matrix of exact resume, the demo, benchmarks, and the oldest Keras that is admitted.
+# Everything: the matrix of exact resume (whole on one backend, a third on each of the others),
+# the demo, benchmarks, and the oldest Keras that is admitted.
 test-all: test $(VENV)/.oldest-keras
 	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
 	  $(call part,the rest on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \
-	  left="($(SLOW) or first) and not once"; \
+	  left="(slow or first) and not once and not whole_matrix"; \
 	done; \
 	export KERAS_BACKEND=jax; \
 	$(call part,the demo and the benchmarks,tests/demo tests/docs -n 2 --dist loadfile -m "$(SLOW)"); \
@@ -42,7 +43,7 @@ test-all: test $(VENV)/.oldest-keras
 	done
 
 QUICK := not slow
-SLOW := slow
+SLOW := slow and not whole_matrix
 # Exact resume, and what a backup holds, depend on how Keras works inside.
 OLDEST_TESTS := tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
   tests/fit/test_preemption.py tests/fit/test_saveables.py tests/fit/test_sources.py

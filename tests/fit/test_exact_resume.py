@@ -101,20 +101,27 @@ def interrupt(source, directory, where, how, killed, **epochs):
 HERE = BACKENDS.index(BACKEND)
 
 
-def marks_of(source, *, is_quick=True):
+def marks_of(source, *, is_due=True):
     """Each kind of data is quick on one backend of three; what is of one kind runs together."""
-    is_slow = not is_quick or NUMBERS[source] % len(BACKENDS) != HERE
-    return [pytest.mark.xdist_group(source), *([pytest.mark.slow] if is_slow else [])]
+    is_slow = not is_due or NUMBERS[source] % len(BACKENDS) != HERE
+    # On torch the whole matrix takes three minutes, on the others half an hour.
+    is_left = not is_due and BACKEND != "torch"
+    marks = [pytest.mark.slow] * is_slow + [pytest.mark.whole_matrix] * is_left
+    return [pytest.mark.xdist_group(source), *marks]
 
 
 def chains():
-    """Three for each kind of data, with all ways in all places. Quick is one of each kind."""
+    """Three for each kind of data, with all ways in all places.
+
+    One of them is due on each backend, another one on each, so that all are; and on each backend
+    all ways in all places, with one kind of data or another.
+    """
     for source in SOURCES:
         kind = NUMBERS[source] // len(BACKENDS)
         for first in range(len(HOW)):
             ends = [(HOW[(first + i) % len(HOW)], where) for i, where in enumerate(PLACES)]
             name = ", ".join(f"{how} {where}" for how, where in ends)
-            marks = marks_of(source, is_quick=first == (kind + HERE) % len(HOW))
+            marks = marks_of(source, is_due=first == (kind + HERE) % len(HOW))
             yield pytest.param(ends, source, marks=marks, id=f"{name}-{source}")
 
 
