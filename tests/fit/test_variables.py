@@ -21,6 +21,7 @@ from keras_support import (
 )
 
 import stepsave
+from stepsave.fit import variables
 from stepsave.fit.matching import COLLECTIONS, _partners
 from stepsave.fit.model_config import model_config
 from stepsave.fit.variables import (
@@ -243,50 +244,46 @@ def test_integers_of_another_width_fit_only_across_backends_and_only_in_range():
         assert_refused(small_model(), state, "values that do not fit", backend="another")
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere values are replaced, not overwritten")
-def test_an_assignment_that_is_interrupted_is_completed_on_torch(monkeypatch):
-    from stepsave.snapshot import torch as tensors
+class Failing:
+    """Stands in for `assign`: fails when it is called for the third time, or from then on."""
 
+    def __init__(self, error, *, once):
+        self.calls = 0
+        self._error, self._once = error, once
+        self._assign = variables.assign
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == 3 or (self.calls > 3 and not self._once):
+            raise self._error
+        self._assign(*args)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no room on the device")])
+def test_an_assignment_that_is_cut_short_is_completed(monkeypatch, error):
     model = built(small_model())
     state = snapshot(model)
     state["trainable_variables"]["small"]["first"]["kernel"] += 1
-    overwrite, calls = tensors.overwrite, []
-
-    def interrupt_once(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        overwrite(*args)
-
-    monkeypatch.setattr(tensors, "overwrite", interrupt_once)
-    with pytest.raises(KeyboardInterrupt):
+    state["trainable_variables"]["small"]["last"]["bias"] += 1
+    monkeypatch.setattr(variables, "assign", Failing(error, once=True))
+    with pytest.raises(type(error)) as caught:
         restore_variables(model, state, BACKEND)
+    assert not getattr(caught.value, "__notes__", [])
     found = snapshot(model)
     assert flatten(found)[0] == flatten(state)[0]
     for one, other in zip(flatten(found)[1], flatten(state)[1], strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="there nothing is allocated that could be missing")
-def test_a_failing_assignment_is_undone():
+def test_an_assignment_that_cannot_be_completed_says_what_the_model_is_now(monkeypatch):
     model = built(small_model())
     state = snapshot(model)
-    state["trainable_variables"]["small"]["first"]["kernel"] += 1
-    before = state_of(model)
-    victim = model.layers[-1].bias
-    assign, calls = victim.assign, []
-
-    def fail_once(value):
-        calls.append(value)
-        if len(calls) == 1:
-            raise MemoryError("no room on the device")
-        assign(value)
-
-    victim.assign = fail_once
-    with pytest.raises(MemoryError):
+    failing = Failing(MemoryError("no room on the device"), once=False)
+    monkeypatch.setattr(variables, "assign", failing)
+    with pytest.raises(MemoryError, match="no room") as caught:
         restore_variables(model, state, BACKEND)
-    assert len(calls) == 2
-    assert state_of(model) == before
+    assert failing.calls > 3
+    assert "the rest has those from before" in "".join(caught.value.__notes__)
 
 
 def test_a_long_list_is_cut_short():

@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 from engine_support import assert_same_bits, random_array
@@ -5,7 +7,7 @@ from engine_support import assert_same_bits, random_array
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
 from stepsave.format.tree import Fields, NotedLeaf, flatten_state
-from stepsave.snapshot.arrays import view_on_host
+from stepsave.snapshot.arrays import ScatteredArray, view_on_host
 from stepsave.snapshot.leaves import describe, make_like, open_leaf, wrap_key
 
 
@@ -66,6 +68,61 @@ def test_what_was_made_shares_no_memory_with_the_array(maker):
     view_on_host([("a",)], [made])  # waits until it is there
     array[:] = 0
     assert_same_bits(view_on_host([("a",)], [made])[0], expected)
+
+
+def aligned(dtype):
+    memory = np.zeros(4 * 6 * 8 + 64, "uint8")
+    start = -memory.ctypes.data % 64
+    size_bytes = 4 * 6 * DTYPES[dtype].itemsize
+    array = memory[start : start + size_bytes].view(DTYPES[dtype]).reshape(4, 6)
+    array[...] = random_array((4, 6), dtype)
+    return array
+
+
+def in_pieces(array):
+    flat = array.reshape(-1).view(np.uint8)
+    return ScatteredArray(array.shape, array.dtype, (flat[:40], flat[40:41], flat[41:]))
+
+
+@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_jax_can_donate_what_it_is_given_to_own(dtype, cut):
+    jax = pytest.importorskip("jax")
+    module = importlib.import_module("stepsave.snapshot.jax")
+    array = aligned(dtype)
+    made = module.make_own(cut(array), of_jax(dtype))
+    assert_same_bits(np.asarray(made), array)
+    made = module.make_own(cut(array), of_jax(dtype))  # anew: what NumPy looks at is not donated
+    before = made.unsafe_buffer_pointer()
+    assert not array.ctypes.data <= before < array.ctypes.data + array.nbytes
+    step = jax.jit(lambda old: old * 2, donate_argnums=0)
+    assert step(made).unsafe_buffer_pointer() == before
+
+
+@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+def test_tensorflow_updates_in_place_what_it_is_given_to_own(dtype, cut):
+    tf = pytest.importorskip("tensorflow")
+    module = importlib.import_module("stepsave.snapshot.tensorflow")
+
+    def address(variable):
+        return view_on_host([("a",)], [variable])[0].ctypes.data
+
+    array = aligned(dtype)
+    variable = tf.Variable(tf.zeros((4, 6), dtype))
+    variable.assign(module.make_own(cut(array), variable))
+    assert_same_bits(view_on_host([("a",)], [variable])[0], array)
+    before = address(variable)
+    variable.assign_add(tf.ones((4, 6), dtype))
+    assert address(variable) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensorflow_owns_any_dtype(dtype):
+    like = of_tensorflow(dtype)
+    array = random_array((4, 6), dtype)
+    made = importlib.import_module("stepsave.snapshot.tensorflow").make_own(array, like)
+    assert_same_bits(view_on_host([("a",)], [made])[0], array)
 
 
 def test_scalars_are_made_as_they_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,15 @@ from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, is_metric, match
 from stepsave.fit.saveables import SAVEABLES, OwnState, Saveables
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import SavedArray
-from stepsave.snapshot.leaves import assign
+from stepsave.snapshot.leaves import assign, holds
+from stepsave.snapshot.pages import trim_heap
 
 __all__ = ("ModelVariables", "Restored", "prepare_model", "restore_variables")
 
 _MAX_LISTED = 20  # variables that an error text lists
+
+_TRIM_BYTES = 128 << 20
+"""How much memory of replaced values may stay with the C library meanwhile."""
 
 
 class ModelVariables:
@@ -173,7 +178,8 @@ class Restored:
     def assign_again(self) -> None:
         """Assigns what was changed since, and metrics that did not exist then; then forgets."""
         for variable, value, mark in self._assigned:
-            if mark is None or _mark(variable.value) != mark:
+            is_same = holds(variable, value) if mark is None else _mark(variable.value) == mark
+            if not is_same:
                 assign(variable, value)
         known = {id(variable) for variable, _, _ in self._assigned}
         now = ModelVariables(self._model)
@@ -222,7 +228,7 @@ def _warn_of_unbuilt(now: ModelVariables, state: Mapping[str, Any]) -> None:
 
 
 def _mark(value: Any) -> Any:
-    """Something equal as long as a variable's value was not changed; None if nobody can tell."""
+    """Something equal as long as a variable's value was not changed; None if nothing is."""
     backend = keras.backend.backend()
     if backend == "jax":
         return id(value)  # immutable; kept alive by the variable as long as it is its value
@@ -287,9 +293,9 @@ def _assign_all(
     values: Sequence[SavedArray],
     own_state: OwnState,
 ) -> None:
-    # On torch values are overwritten in place, so a copy of all would be needed to go back. It is
-    # not made where nothing but an interrupt comes between: then all is assigned, instead of none.
-    keeps = keras.backend.backend() != "torch" or now.below.must_be_asked
+    # What would be needed to go back takes as much memory as the state, on the device too. It is
+    # not kept where nothing but an interrupt comes between: then all is assigned, instead of none.
+    keeps = now.below.must_be_asked
     before: list[Any] = []
     arrays: list[Any] = []
     try:
@@ -297,20 +303,41 @@ def _assign_all(
     except Exception:  # noqa: BLE001  an object without its state yet has nothing to be put back
         own_before = []
     try:
+        left_bytes = 0  # that replaced values may have left behind
         for variable, value in zip(variables, values, strict=True):
             if keeps:
                 before.append(_keep(variable.value))
             assign(variable, value)
+            left_bytes += math.prod(value.shape) * value.dtype.itemsize
+            if left_bytes > _TRIM_BYTES:
+                trim_heap()
+                left_bytes = 0
         now.below.tell(own_state)
-    except BaseException:  # out of device memory, an interrupt: no partial assignment, ever
+    except BaseException:  # out of device memory, an interrupt: no partial assignment
         if keeps:
             for variable, old in zip(variables, before, strict=False):
                 variable.assign(old)
             now.below.tell((own_before, arrays))
         else:
-            for variable, value in zip(variables, values, strict=True):
-                assign(variable, value)
-            now.below.tell(own_state)
+            _complete(now, variables, values, own_state)
+        raise
+
+
+def _complete(
+    now: ModelVariables,
+    variables: Sequence[Any],
+    values: Sequence[SavedArray],
+    own_state: OwnState,
+) -> None:
+    try:
+        for variable, value in zip(variables, values, strict=True):
+            assign(variable, value)
+        now.below.tell(own_state)
+    except BaseException as e:
+        e.add_note(
+            "A part of the model has the values of the backup now, the rest has those from before. "
+            "Make it anew before it is trained or restored again; the backup is whole."
+        )
         raise
 
 

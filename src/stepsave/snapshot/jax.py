@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
+from stepsave.snapshot.arrays import SavedArray, bytes_of
 from stepsave.snapshot.jax_transfer import (
     Cut,
     PinnedPool,
@@ -28,7 +30,7 @@ from stepsave.snapshot.page_locks import NoPins
 _ArrayImpl = type(jnp.zeros(0))
 
 _ALIGNMENT_BYTES = 64
-"""At least of what XLA shares on the CPU."""
+"""Of memory that XLA may share on the CPU. Less is never enough for it."""
 
 __all__ = (
     "describe",
@@ -36,6 +38,7 @@ __all__ = (
     "has_room",
     "is_on_accelerator",
     "make_like",
+    "make_own",
     "make_pins",
     "make_stage",
     "open_leaf",
@@ -139,24 +142,30 @@ def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise InvalidStateError(f"JAX has no {array.dtype} now. Set `jax_enable_x64`.")
-    if _is_on_cpu(like):
-        array = _copy_aligned(array)
+    return make_own(array, like)
+
+
+def make_own(array: SavedArray, like: jax.Array) -> jax.Array:
+    """The same of an array that JAX has a dtype for, in memory that it can donate."""
+    source = _copy_misaligned(array) if _is_on_cpu(like) else np.asarray(array)
     if like.committed:
-        return jax.device_put(array, like.sharding)
-    made = jax.device_put(array)
+        return jax.device_put(source, like.sharding)
+    made = jax.device_put(source)
     return made if made.sharding == like.sharding else jax.device_put(made, like.sharding)
 
 
-def _copy_aligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Returns a copy that `device_put` takes as it is: it shares aligned memory, and copies other.
+def _copy_misaligned(array: SavedArray) -> np.ndarray[Any, Any]:
+    """Returns a copy that JAX copies again, to memory of its own: what is aligned it would share.
 
-    Were it given memory of somebody else's, it would share that if it happens to be aligned.
+    What it shares it cannot donate.
     """
-    room = np.empty(array.nbytes + _ALIGNMENT_BYTES, np.uint8)
-    begin = -room.ctypes.data % _ALIGNMENT_BYTES
-    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+    itemsize = array.dtype.itemsize
+    size_bytes = math.prod(array.shape) * itemsize
+    room = np.empty(size_bytes + _ALIGNMENT_BYTES + itemsize, np.uint8)
+    begin = -room.ctypes.data % _ALIGNMENT_BYTES + itemsize
+    copy = room[begin : begin + size_bytes]
+    np.concatenate(bytes_of(array), out=copy)
+    return copy.view(array.dtype).reshape(array.shape)
 
 
 def device_name(leaf: Any) -> str:

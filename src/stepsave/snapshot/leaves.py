@@ -10,9 +10,10 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
-from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray, backend_of
+from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray, backend_of, bytes_of
+from stepsave.snapshot.contents import digest
 
-__all__ = ("assign", "describe", "make_like", "open_leaf", "wrap_key")
+__all__ = ("assign", "describe", "holds", "make_like", "open_leaf", "wrap_key")
 
 
 def open_leaf(value: Any) -> NotedLeaf | Fields | None:
@@ -69,16 +70,28 @@ def make_like(array: HostArray, like: Any) -> Any:
 def assign(variable: Any, array: SavedArray) -> None:
     """Gives a Keras variable the values of an array of its shape and dtype, and shares no memory.
 
-    On torch nothing is allocated for that.
+    On torch nothing is allocated for that. Others get memory that a training step can update in
+    place or donate, as it could that which the variable had: else the first one would take new
+    memory for the whole state.
     """
     value = variable.value
     backend = backend_of(value)
     if backend == "torch":
         _module("torch").overwrite(value, array)
-    elif backend == "jax":  # assigned as it is, it would be shared if it happens to be aligned
-        variable.assign(make_like(np.asarray(array), value))
     else:
-        variable.assign(np.asarray(array))
+        variable.assign(_module(backend).make_own(array, value))
+
+
+def holds(variable: Any, array: SavedArray) -> bool:
+    """Whether a Keras variable has just the bits of an array of its shape and dtype."""
+    value = variable.value
+    (data,) = bytes_of(_module(backend_of(value)).view_on_host([value])[0])
+    begin = 0
+    for part in bytes_of(array):
+        if digest(data[begin : begin + len(part)]) != digest(part):
+            return False
+        begin += len(part)
+    return True
 
 
 def wrap_key(data: Any, implementation: str) -> Any:

@@ -7,6 +7,7 @@ touched in the background, while a training starts, and never given back before 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import time
 import weakref
@@ -17,7 +18,15 @@ import numpy as np
 
 from stepsave.threads import Fate, Latch
 
-__all__ = ("HUGE_PAGE_BYTES", "Bytes", "Pages", "Touching", "allocate_pages", "available_bytes")
+__all__ = (
+    "HUGE_PAGE_BYTES",
+    "Bytes",
+    "Pages",
+    "Touching",
+    "allocate_pages",
+    "available_bytes",
+    "trim_heap",
+)
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -122,6 +131,17 @@ class Touching:
     def wait(self) -> None:
         """Returns when all of it is present, or it was stopped."""
         self._ended.wait()
+
+
+def trim_heap() -> None:
+    """Gives back to the system what was freed, where the C library keeps it (glibc does).
+
+    Values of a state that were replaced are not missed: others are rarely of their sizes, and
+    none come from where a thread of JAX or TensorFlow got them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def available_bytes() -> int | None:

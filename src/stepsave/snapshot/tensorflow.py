@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from stepsave.errors import InvalidStateError
+from stepsave.snapshot.arrays import SavedArray
 from stepsave.snapshot.page_locks import NoPins
 
 __all__ = (
@@ -17,6 +18,7 @@ __all__ = (
     "has_room",
     "is_on_accelerator",
     "make_like",
+    "make_own",
     "make_pins",
     "make_stage",
     "signature",
@@ -66,6 +68,20 @@ def make_like(array: np.ndarray[Any, Any], like: Any) -> Any:
         if isinstance(like, tf.Variable):
             return tf.Variable(tensor, trainable=like.trainable)
         return tensor
+
+
+def make_own(array: SavedArray, like: Any) -> Any:
+    """Returns a tensor that a variable can take and update in place.
+
+    TensorFlow has tensors share what NumPy has, and copies what is shared before it updates it.
+    """
+    tensor: Any = tf.convert_to_tensor(np.asarray(array))
+    if "GPU" in getattr(like, "device", ""):
+        return tensor
+    try:
+        return tf.raw_ops.DeepCopy(x=tensor)
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+        return tensor  # float8: copied by the first step that updates it
 
 
 def is_on_accelerator(leaves: Sequence[Any]) -> bool:
