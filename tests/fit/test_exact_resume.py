@@ -104,7 +104,7 @@ HERE = BACKENDS.index(BACKEND)
 def marks_of(source, *, is_due=True):
     """Each kind of data is quick on one backend of three; what is of one kind runs together."""
     is_slow = not is_due or NUMBERS[source] % len(BACKENDS) != HERE
-    # On torch the whole matrix takes three minutes, on the others half an hour.
+    # On torch the whole matrix is quick, on the others it takes most of the time of all tests.
     is_left = not is_due and BACKEND != "torch"
     marks = [pytest.mark.slow] * is_slow + [pytest.mark.whole_matrix] * is_left
     return [pytest.mark.xdist_group(source), *marks]

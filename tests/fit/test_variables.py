@@ -31,6 +31,7 @@ from stepsave.fit.variables import (
     restore_variables,
 )
 from stepsave.format.tree import flatten, unflatten
+from stepsave.snapshot.arrays import ScatteredArray
 
 
 def built(model):
@@ -242,6 +243,25 @@ def test_integers_of_another_width_fit_only_across_backends_and_only_in_range():
     if other == "int64":
         state["optimizer_variables"]["sgd"]["iteration"] = np.array(2**40)
         assert_refused(small_model(), state, "values that do not fit", backend="another")
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_variable_holds_an_array_of_just_its_bits(in_pieces):
+    array = np.array([[1.0, -0.0], [np.nan, 3.0]], "float32")
+    variable = keras.Variable(np.zeros((2, 2), "float32"))
+
+    def saved(array):
+        data = array.reshape(-1).view(np.uint8)
+        return ScatteredArray((2, 2), array.dtype, (data[:5], data[5:])) if in_pieces else array
+
+    assert not variables.holds(variable, saved(array))
+    variables.assign(variable, saved(array))
+    assert variables.holds(variable, saved(array))
+    for place in range(array.nbytes):
+        other = array.copy()
+        other.reshape(-1).view(np.uint8)[place] ^= 1
+        assert not variables.holds(variable, saved(other)), place
+    assert not variables.holds(variable, saved(np.abs(array)))  # 0.0 is not -0.0
 
 
 class Failing:

@@ -243,7 +243,9 @@ def restore_variables(
     saved_backend: str | None,
     own_state: OwnState | None = None,
 ) -> Restored:
-    """Assigns a saved state to a model's variables: all of them, or none.
+    """Assigns a saved state to a model's variables: all of them, or none if it does not fit.
+
+    An interrupt, or a device without room, has the rest assigned before it is raised.
 
     Variables are matched by path. Names that Keras numbered (`dense_3`) may carry other
     numbers than in the process that saved, as long as all else fits.
@@ -296,6 +298,7 @@ def _assign_all(
     # What would be needed to go back takes as much memory as the state, on the device too. It is
     # not kept where nothing but an interrupt comes between: then all is assigned, instead of none.
     keeps = now.below.must_be_asked
+    replaces = keras.backend.backend() != "torch"  # which overwrites, and leaves nothing behind
     before: list[Any] = []
     arrays: list[Any] = []
     try:
@@ -309,7 +312,7 @@ def _assign_all(
                 before.append(_keep(variable.value))
             assign(variable, value)
             left_bytes += math.prod(value.shape) * value.dtype.itemsize
-            if left_bytes > _TRIM_BYTES:
+            if left_bytes > _TRIM_BYTES and replaces:
                 trim_heap()
                 left_bytes = 0
         now.below.tell(own_state)
