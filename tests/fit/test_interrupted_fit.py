@@ -134,6 +134,7 @@ for attempt in range(20):
             raise
     finally:
         interrupted += timer.raised
+        print("interrupted" if timer.raised else "", flush=True)
         if timer.raised and not still_trains(expected):
             sys.exit(BROKEN)
 assert interrupted
@@ -157,7 +158,11 @@ def test_a_fit_interrupted_by_a_timer_again_and_again_ends_like_the_uninterrupte
         )  # fmt: skip
         if ended.returncode == 0:
             return
-        assert ended.returncode == BROKEN, ended.stdout + ended.stderr
+        # Nor does every process of TensorFlow survive it: one of some hundreds of such interrupts
+        # corrupts its heap, without stepsave too.
+        crashed = ended.returncode in (-signal.SIGSEGV, -signal.SIGABRT)
+        may_crash = keras.backend.backend() == "tensorflow" and "interrupted" in ended.stdout
+        assert ended.returncode == BROKEN or (crashed and may_crash), ended.stdout + ended.stderr
     raise AssertionError("the backend broke in every process")
 
 
