@@ -60,7 +60,7 @@ def spare(plan, tmp_path):
     """A store with an empty backup directory made ready for this plan."""
     store = LocalStore(tmp_path)
     store.make_directory("spare/pytree/d/c")
-    for path, data in Blueprint.compile(plan, {}).files.items():
+    for path, data in Blueprint(plan, {}).files.items():
         store.make_directory(f"spare/{path}".rpartition("/")[0])
         store.write(f"spare/{path}", data)
     return store
@@ -125,7 +125,7 @@ def test_restore_verified(benchmark, tmp_path, arrays):
 @pytest.mark.benchmark(group="layout")
 def test_compile_layout_and_constant_files(benchmark, leaves):
     specs = [LeafSpec(("model", f"layer_{i}"), (32, 32), "float32") for i in range(leaves)]
-    benchmark.pedantic(lambda: Blueprint.compile(compile_layout(specs), {}), rounds=5)
+    benchmark.pedantic(lambda: Blueprint(compile_layout(specs), {}), rounds=5)
 
 
 @pytest.mark.parametrize("leaves", [10_000])

@@ -35,7 +35,7 @@ def test_a_golden_backup_restores(version, tmp_path):
 def test_the_constant_files_of_this_version_are_byte_for_byte_those_of_the_golden_backup():
     paths, arrays = flatten(golden_state.state())
     leaves = [LeafSpec(p, a.shape, dtype_name(p, a)) for p, a in zip(paths, arrays, strict=True)]
-    files = Blueprint.compile(compile_layout(leaves), {}).files
+    files = Blueprint(compile_layout(leaves), {}).files
     directory = GOLDEN / f"v{FORMAT_VERSION}" / str(golden_state.STEP)
     for path, data in files.items():
         assert (directory / path).read_bytes() == data, path

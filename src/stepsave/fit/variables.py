@@ -18,7 +18,7 @@ from stepsave.fit.matching import COLLECTIONS, Pair, fit_value, is_metric, match
 from stepsave.fit.saveables import SAVEABLES, OwnState, Saveables
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import SavedArray
-from stepsave.snapshot.leaves import assign, holds
+from stepsave.snapshot.leaves import assign, holds, settle
 from stepsave.snapshot.pages import trim_heap
 
 __all__ = ("ModelVariables", "Restored", "prepare_model", "restore_variables")
@@ -313,6 +313,7 @@ def _assign_all(
             assign(variable, value)
             left_bytes += math.prod(value.shape) * value.dtype.itemsize
             if left_bytes > _TRIM_BYTES and replaces:
+                settle(variable)  # else copies would queue up before the backend takes them
                 trim_heap()
                 left_bytes = 0
         now.below.tell(own_state)

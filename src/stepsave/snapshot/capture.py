@@ -277,7 +277,7 @@ class Capture:
             [array.dtype for array in arrays],
             [array.shape for array in arrays],
             [leaf for leaf, count in chunks.items() if count > 1],
-            Blueprint.compile(plan, self._items, device),
+            Blueprint(plan, self._items, device),
             Attention(),
         )
         return pool, structure

@@ -27,7 +27,7 @@ from stepsave.snapshot.jax_transfer import (
 )
 from stepsave.snapshot.page_locks import NoPins
 
-_ArrayImpl = type(jnp.zeros(0))
+_ArrayImpl = type(jax.device_put(np.zeros(0)))  # `jnp.zeros` would compile a program
 
 _ALIGNMENT_BYTES = 64
 """Of memory that XLA may share on the CPU. Less is never enough for it."""

@@ -13,7 +13,7 @@ from stepsave.format.tree import Fields, NotedLeaf
 from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray, backend_of, bytes_of
 from stepsave.snapshot.contents import digest
 
-__all__ = ("assign", "describe", "holds", "make_like", "open_leaf", "wrap_key")
+__all__ = ("assign", "describe", "holds", "make_like", "open_leaf", "settle", "wrap_key")
 
 
 def open_leaf(value: Any) -> NotedLeaf | Fields | None:
@@ -80,6 +80,13 @@ def assign(variable: Any, array: SavedArray) -> None:
         _module("torch").overwrite(value, array)
     else:
         variable.assign(_module(backend).make_own(array, value))
+
+
+def settle(variable: Any) -> None:
+    """Waits until a Keras variable has what it was assigned, and no copy on the way is left."""
+    value = variable.value
+    if backend_of(value) == "jax":
+        value.block_until_ready()
 
 
 def holds(variable: Any, array: SavedArray) -> bool:
