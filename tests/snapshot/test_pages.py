@@ -70,6 +70,15 @@ def test_where_memory_comes_slowly_most_of_it_is_left_to_others(monkeypatch):
     assert all(0 < rest < 9 * took_s for rest in rests)
 
 
+def test_who_waits_for_memory_that_comes_slowly_has_it_come_without_rests(crew, monkeypatch):
+    monkeypatch.setattr(pages, "_FAST_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(pages, "_RESTS", 1e9)
+    touching = Touching(Pages(SIZE).view())
+    crew.put(touching.run)
+    touching.hurry()  # or a thread of the crew would rest for days
+    touching.wait()
+
+
 def test_available_memory_is_a_plausible_number():
     found = available_bytes()
     assert found is None or 1 << 20 < found < 1 << 50

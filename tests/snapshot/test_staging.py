@@ -9,6 +9,7 @@ import pytest
 
 import stepsave
 from stepsave.engine.commit import CommitProtocol
+from stepsave.snapshot import pages
 from stepsave.snapshot.page_locks import NoPins
 from stepsave.snapshot.staging import Stager, choose_stager
 
@@ -181,6 +182,17 @@ def test_skipped_saves_touch_no_device(tmp_path, numbers, monkeypatch):
         gate.set()
         assert [handle.skipped for handle in handles] == [False, False, True, True, True]
         assert_is_of(saver.restore(), 2)
+
+
+def test_the_first_save_waits_for_no_rests_of_those_who_touch_memory(
+    tmp_path, numbers, monkeypatch
+):
+    """Transfers are to memory that is locked, and that is locked when it is there."""
+    monkeypatch.setattr(pages, "_FAST_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(pages, "_RESTS", 1e9)
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        saver.save(1, numbers.state(1, shape=(600, 5000)))  # or it would wait for days
+        assert_is_of(saver.restore(), 1)
 
 
 def test_a_device_without_room_is_told_of_and_the_host_used(tmp_path, numbers, monkeypatch):

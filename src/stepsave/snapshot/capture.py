@@ -209,6 +209,7 @@ class Capture:
         if self._pinning is None or list(map(id, self._pinning[0])) != list(map(id, pool.memories)):
             self._pin()
         if self._pinning is not None and self._pinning[1] is not self._pinned:
+            pool.hurry()  # what it waits for would rest in favour of a training that starts
             try:
                 self._pinning[1].take()
             except BaseException:

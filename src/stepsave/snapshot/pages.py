@@ -106,7 +106,7 @@ class Touching:
         """
         self._memory = memory
         self._fate = Fate()
-        self._wanted, self._ended = Latch(), Latch()
+        self._hurried, self._wanted, self._ended = Latch(), Latch(), Latch()
 
     def run(self) -> None:
         """Touches all of it, or what there is time for; for a thread of a crew."""
@@ -117,7 +117,9 @@ class Touching:
                     self._memory[begin : begin + _PIECE_BYTES : mmap.PAGESIZE] = 0
                     took_s = time.perf_counter() - began_s
                     is_slow = took_s * _FAST_BYTES_PER_S > _PIECE_BYTES
-                    if self._wanted.wait(_RESTS * took_s if is_slow else 0.0):
+                    if is_slow:
+                        self._hurried.wait(_RESTS * took_s)
+                    if self._wanted.is_open:
                         break
         finally:
             self._ended.open()
@@ -125,8 +127,13 @@ class Touching:
     def stop(self) -> None:
         """Returns when nobody touches it any more. What is not present yet costs its time later."""
         self._wanted.open()
+        self._hurried.open()
         if not self._fate.drop():  # begun, so it ends with the piece that it is at
             self._ended.wait()
+
+    def hurry(self) -> None:
+        """Has it go on without rests: somebody waits for all of it."""
+        self._hurried.open()
 
     def wait(self) -> None:
         """Returns when all of it is present, or it was stopped."""
