@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from bench.gpu.loop import State, Subject
 from bench.gpu.savers import Floor, Stepsave, stepsave_subjects
 from bench.gpu.shape import Shape
 
-PACKAGES = ("torch",)
+PACKAGES = ("torch", "torch_checkpointing")
 
 
 def device_name() -> str:
@@ -268,6 +269,68 @@ class _Dcp:
         self._close_stager()
 
 
+class _TorchCheckpointing:
+    """`torch_checkpointing`, Meta's successor of DCP: a process of its own writes."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.config import AsyncCheckpointSaverConfig
+        from torch_checkpointing.staging import CheckpointStagerConfig
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        self._directory = directory
+        config = CheckpointManager.Config.with_async_save()
+        # 0.1.1 writes unaligned through O_DIRECT, which file systems refuse.
+        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+        if not has_accelerator():  # without one its defaults are refused
+            staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
+            config.save = AsyncCheckpointSaverConfig(staging_config=staging)
+        self._manager = config.build()
+        self._write: Any = None
+        self._newest: Path | None = None
+
+    def prepare(self, state: State) -> None:
+        self._manager.prewarm_staging(state)
+
+    def save(self, step: int, state: State) -> None:
+        self.wait()  # as the others: one save at a time, and at most one backup is kept
+        self._pending = self._directory / str(step)
+        self._write = self._manager.save(str(self._pending), state)
+
+    def before_update(self) -> None:
+        """As it says to guard the optimizer: waits as long as a capture is in progress."""
+        with self._manager.lock():
+            pass
+
+    def wait(self) -> None:
+        if self._write is None:
+            return
+        self._write.result()
+        self._write = None
+        if self._newest is not None:
+            shutil.rmtree(self._newest)
+        self._newest = self._pending
+
+    def restore(self, like: State) -> State | None:
+        self.wait()
+        into = {
+            group: {name: torch.zeros_like(each, device="cpu") for name, each in tensors.items()}
+            for group, tensors in like.items()
+        }
+        loaded = self._manager.load(str(self._newest), into)
+        return {
+            group: {name: each.numpy() for name, each in tensors.items()}
+            for group, tensors in loaded.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
 def _flat(state: State) -> dict[str, torch.Tensor]:
     return {
         f"{group}/{name}": tensor
@@ -281,6 +344,17 @@ def host_bandwidth_s(directory: Path, state: State, repeats: int) -> list[float]
     return Stepsave(directory, "host").snapshot_s(state, repeats)
 
 
+def _optional_peers() -> tuple[Subject, ...]:
+    if not importlib.util.find_spec("torch_checkpointing"):
+        return ()
+    how = (
+        "`CheckpointManager` with asynchronous saves, warmed ahead, without direct output, which "
+        "fails; the update waits for `lock()`"
+    )
+    peer = Subject("torch_checkpointing", "torch_checkpointing", how, _TorchCheckpointing)
+    return (peer,)
+
+
 SUBJECTS = (
     *stepsave_subjects(rehearsal=not has_accelerator()),
     Subject(
@@ -290,6 +364,7 @@ SUBJECTS = (
         "asynchronously; the step waits until it is",
         _Dcp,
     ),
+    *_optional_peers(),
     Subject(
         "device copy",
         "floor: copy on the device",

@@ -12,6 +12,7 @@ import sys
 
 # Nothing that JAX and PyTorch bring themselves: NumPy, ml_dtypes and their CUDA libraries.
 NAMES = ("awscrt", "keras", "namex", "optree", "absl-py", "h5py", "packaging")
+PEERS = ("torch_checkpointing", "safetensors")  # the second is for the first
 NAMES_OF_RICH = ("rich", "markdown-it-py", "mdurl", "pygments")  # Keras imports it
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     older = ["manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
     for platform in (options.platform, *(older if "x86_64" in options.platform else ())):
         command += ["--platform", platform]
-    sys.exit(subprocess.run([*command, *NAMES, *NAMES_OF_RICH], check=False).returncode)
+    sys.exit(subprocess.run([*command, *NAMES, *NAMES_OF_RICH, *PEERS], check=False).returncode)
 
 
 if __name__ == "__main__":

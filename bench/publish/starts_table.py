@@ -65,7 +65,8 @@ def _caption(result: Result) -> str:
         f"what the process before it left, saves {saves['resume']} times and is killed. Each "
         "resumed process had, before its first step, the variables of the last save, by a "
         "checksum; stepsave's the metrics too, and the next batch. *Peak* is that of the whole "
-        "process, with Python and the frameworks in it, until it is killed; *made in* what "
+        "process, with Python and the frameworks in it, until it is killed, and with stepsave's "
+        "buffers counted whole: their last pages come in the background; *made in* what "
         f"making the callback takes before `fit`, its imports included. {how}."
     )
 
@@ -147,6 +148,51 @@ def over_none(collected: Collected) -> Iterator[Figure]:
 def resume_over_keras(collected: Collected) -> Iterator[Figure]:
     """The time of a resume as a ratio to Keras's."""
     yield from _of_resumes(collected, "over_keras", 1)
+
+
+def limit_of_resume(collected: Collected) -> str:
+    """A start without a callback, and before it all of the state read into new memory."""
+    raw = collected.summary("restore").get("raw read fresh")
+    texts: list[str] = []
+    for result in _results(collected):
+        none = result["summary"].get("none", {}).get("start")
+        keras = result["summary"].get("keras", {})
+        if raw and none and all(kind in keras for kind in RESUMES):
+            read_s = result["settings"]["state_bytes"] / raw["bytes_per_s"]
+            least_s = none["first_s"]["median"] + read_s
+            ratios = (
+                f"{number(least_s / keras[kind]['first_s']['median'])} x {name}"
+                for kind, name in RESUMES.items()
+            )
+            texts.append(f"{_label(result)} {' and '.join(ratios)}")
+    return f"no callback, after a raw read into new memory: {', '.join(texts)}" if texts else ""
+
+
+def first_save(collected: Collected) -> Iterator[Figure]:
+    """The first save of a started `fit` against its later ones."""
+    for result in _results(collected):
+        found = result["summary"].get(OURS, {}).get("saves")
+        if found and "touched_after_first_batch" in found:
+            ratio = found["first_over_later"]["median"]
+            text = f"{number(ratio)} x"
+            if not found["compiling_gave_the_time"]:
+                touched = found["touched_after_first_batch"]["median"]
+                text += f" (compiling gave the time for {touched:.0%} of the buffers)"
+            yield Figure(_label(result), ratio, text, ratio <= 1.5)
+
+
+def limit_of_first_save(collected: Collected) -> str:
+    """Not faster than the system gives memory; see `first_save`."""
+    for result in _results(collected):
+        found = result["summary"].get(OURS, {}).get("saves")
+        if found and "touched_before_first_save" in found:
+            # Of two buffers; that of the first save is touched first.
+            absent = 1 - 2 * found["touched_before_first_save"]["median"]
+            absent_bytes = result["settings"]["state_bytes"] * absent
+            more_s = found["first_s"]["median"] - found["later_s"]["median"]
+            if min(absent_bytes, more_s) > 0:
+                return f"memory came at {number(absent_bytes / more_s / 1e9)} GB/s"
+    return ""
 
 
 def resume_peak(collected: Collected) -> Iterator[Figure]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import signal
 import sys
@@ -83,6 +84,8 @@ class Watch(keras.callbacks.Callback):
         self.report["saves_s"] = [self._hooks.save_s(done) for done in saves]
         self.report["peak_bytes"] = self._peak_bytes
         self.report["end_bytes"] = status_bytes("VmRSS")
+        if self._task.subject == OURS:
+            self.report["absent_bytes"] = absent_bytes(self._callback)
         print(json.dumps(self.report), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -139,9 +142,17 @@ def touched(callback: Any) -> float:
     All of them after the first batch: compiling gave the time to touch them. Fewer, right before
     the first save: that pays for the rest, or waits.
     """
-    memories = callback._saver._capture._pool.memories
-    pages = [cold.present(memory) for memory in memories]
+    pages = _pages(callback)
     return float(sum(each.sum() for each in pages) / sum(map(len, pages)))
+
+
+def absent_bytes(callback: Any) -> int:
+    """What stepsave's buffers will still take: their pages come in the background."""
+    return sum(int(len(each) - each.sum()) for each in _pages(callback)) * mmap.PAGESIZE
+
+
+def _pages(callback: Any) -> list[Any]:
+    return [cold.present(memory) for memory in callback._saver._capture._pool.memories]
 
 
 def make_callbacks(subject: str, directory: str) -> list[Any]:

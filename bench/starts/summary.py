@@ -46,11 +46,19 @@ def _values(rounds: list[Round], subject: str, which: str, what: str) -> list[fl
     return [found[subject, which][what] for found in rounds]
 
 
+def _peaks(rounds: list[Round], subject: str, which: str) -> list[float]:
+    """With stepsave's buffers counted whole, whatever part of them was there when it was killed."""
+    return [
+        found[subject, which]["peak_bytes"] + found[subject, which].get("absent_bytes", 0)
+        for found in rounds
+    ]
+
+
 def _figures(rounds: list[Round], subject: str, which: str) -> dict[str, Any]:
-    first_s, make_s, peak_bytes, peak_first_bytes = (
-        _values(rounds, subject, which, what)
-        for what in ("first_s", "make_s", "peak_bytes", "peak_first_bytes")
+    first_s, make_s, peak_first_bytes = (
+        _values(rounds, subject, which, what) for what in ("first_s", "make_s", "peak_first_bytes")
     )
+    peak_bytes = _peaks(rounds, subject, which)
     figures: dict[str, Any] = {
         "first_s": spread(first_s),
         "make_s": spread(make_s),
@@ -60,12 +68,11 @@ def _figures(rounds: list[Round], subject: str, which: str) -> dict[str, Any]:
     if subject != NONE and _all_have(rounds, NONE, START):
         none_s = _values(rounds, NONE, START, "first_s")
         figures["over_none_s"] = spread([a - b for a, b in zip(first_s, none_s, strict=True)])
-        figures["peak_over_none"] = ratios(peak_bytes, _values(rounds, NONE, START, "peak_bytes"))
+        figures["peak_over_none"] = ratios(peak_bytes, _peaks(rounds, NONE, START))
     if subject != KERAS and _all_have(rounds, KERAS, which):
         figures["over_keras"] = ratios(first_s, _values(rounds, KERAS, which, "first_s"))
     if which != START:
-        training = _values(rounds, subject, START, "peak_bytes")
-        figures["peak_over_training"] = ratios(peak_bytes, training)
+        figures["peak_over_training"] = ratios(peak_bytes, _peaks(rounds, subject, START))
     return figures
 
 
