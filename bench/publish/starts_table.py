@@ -65,10 +65,17 @@ def _caption(result: Result) -> str:
         f"what the process before it left, saves {saves['resume']} times and is killed. Each "
         "resumed process had, before its first step, the variables of the last save, by a "
         "checksum; stepsave's the metrics too, and the next batch. *Peak* is that of the whole "
-        "process, with Python and the frameworks in it, until it is killed, and with stepsave's "
-        "buffers counted whole: their last pages come in the background; *made in* what "
+        f"process, with Python and the frameworks in it, until it is killed{_whole(result)}; "
+        "*made in* what "
         f"making the callback takes before `fit`, its imports included. {how}."
     )
+
+
+def _whole(result: Result) -> str:
+    """Results of before do not have it: there a start that was killed early looks smaller."""
+    if not any("absent_bytes" in sample for sample in result["samples"]):
+        return ", with as much of stepsave's buffers as was touched by then"
+    return ", with stepsave's buffers counted whole: their last pages come in the background"
 
 
 def _table(result: Result) -> list[str]:
