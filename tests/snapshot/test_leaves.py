@@ -8,7 +8,7 @@ from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
 from stepsave.format.tree import Fields, NotedLeaf, flatten_state
 from stepsave.snapshot.arrays import ScatteredArray, view_on_host
-from stepsave.snapshot.leaves import describe, make_like, open_leaf, wrap_key
+from stepsave.snapshot.leaves import assign, describe, make_like, open_leaf, wrap_key
 
 
 def of_torch(dtype):
@@ -97,6 +97,63 @@ def test_jax_can_donate_what_it_is_given_to_own(dtype, cut):
     assert not array.ctypes.data <= before < array.ctypes.data + array.nbytes
     step = jax.jit(lambda old: old * 2, donate_argnums=0)
     assert step(made).unsafe_buffer_pointer() == before
+
+
+class Variable:
+    """As much of a Keras variable as it takes to be assigned to."""
+
+    def __init__(self, value):
+        self._value = value
+
+    @property
+    def value(self):
+        return self._value
+
+    def assign(self, value):
+        self._value = value
+
+
+@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "bool"])
+def test_jax_writes_over_what_nobody_else_has(dtype, cut):
+    jax = pytest.importorskip("jax")
+    variable = Variable(jax.numpy.zeros((4, 6), DTYPES[dtype]))
+    with jax.transfer_guard("disallow"):
+        assert not assign(variable, cut(aligned(dtype)), may_compile=True)
+    before = variable.value.unsafe_buffer_pointer()
+    for array in (aligned(dtype), random_array((4, 6), dtype)):
+        expected = array.copy()
+        assert not assign(variable, cut(array), may_compile=True)
+        assert variable.value.unsafe_buffer_pointer() == before
+        array[...] = 0  # an arena, which the next save fills
+        assert variable.value.sharding == jax.numpy.zeros(1).sharding
+        assert not variable.value.committed
+        assert_same_bits(np.array(jax.numpy.copy(variable.value)), expected)
+
+
+@pytest.mark.parametrize("who", ["another variable", "numpy", "the array that it was made of"])
+def test_jax_leaves_alone_what_somebody_else_has(who):
+    jax = pytest.importorskip("jax")
+    before, after = aligned("float32"), random_array((4, 6), "float32")
+    expected = before.copy()
+    variable = Variable(jax.device_put(before if who.startswith("the") else before + 0))
+    theirs = {
+        "another variable": lambda: variable.value,
+        "numpy": lambda: np.asarray(variable.value),
+        "the array that it was made of": lambda: before,
+    }[who]()
+    assign(variable, after, may_compile=True)
+    assert_same_bits(np.asarray(theirs), expected)
+    assert_same_bits(np.asarray(variable.value), after)
+
+
+def test_jax_makes_anew_what_was_given_away():
+    jax = pytest.importorskip("jax")
+    variable = Variable(jax.numpy.zeros((4, 6), "float32"))
+    variable.value.delete()  # an interrupt came right after it was
+    array = random_array((4, 6), "float32")
+    assert assign(variable, array, may_compile=True)
+    assert_same_bits(np.asarray(variable.value), array)
 
 
 @pytest.mark.parametrize("cut", [lambda array: array, in_pieces])

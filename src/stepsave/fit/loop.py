@@ -165,8 +165,9 @@ class FitLoop:
         return [listener for listener in found if listener is not None]
 
     def _tell_of_cut(self, batches_done: int) -> None:
-        for listener in self._listening():
-            listener.at_cut(batches_done)
+        for reference in self._listeners:  # after each step: no list is made
+            if (listener := reference()) is not None:
+                listener.at_cut(batches_done)
 
     def _data(self) -> EpochData:
         iterator = self._iterator()

@@ -70,9 +70,9 @@ class Progress:
 
     def advance(self, batches_done: int) -> None:
         """Takes note that so many batches of this epoch are done."""
-        if self.steps is not None:
+        if self.steps is not None and batches_done > self.steps:
             # With several steps per execution Keras numbers the last one as if it were full.
-            batches_done = min(batches_done, self.steps)
+            batches_done = self.steps
         passed = batches_done - self.batches_done
         if passed <= 0:
             return

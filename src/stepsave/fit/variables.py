@@ -28,6 +28,10 @@ _MAX_LISTED = 20  # variables that an error text lists
 _TRIM_BYTES = 128 << 20
 """How much memory of replaced values may stay with the C library meanwhile."""
 
+_COMPILING_BYTES = 32 << 20
+"""How much of one shape there must be for compiling a copy (20 ms) to pay: new memory comes at
+one to two GB/s where a virtual machine's host makes it present, and twice as much is needed."""
+
 
 class ModelVariables:
     """The variables of a model at one time, with the paths under which they are saved.
@@ -298,7 +302,9 @@ def _assign_all(
     # What would be needed to go back takes as much memory as the state, on the device too. It is
     # not kept where nothing but an interrupt comes between: then all is assigned, instead of none.
     keeps = now.below.must_be_asked
-    replaces = keras.backend.backend() != "torch"  # which overwrites, and leaves nothing behind
+    of_form: collections.Counter[Any] = collections.Counter()
+    for value in values:
+        of_form[value.shape, value.dtype] += _size_bytes(value)
     before: list[Any] = []
     arrays: list[Any] = []
     try:
@@ -310,9 +316,10 @@ def _assign_all(
         for variable, value in zip(variables, values, strict=True):
             if keeps:
                 before.append(_keep(variable.value))
-            assign(variable, value)
-            left_bytes += math.prod(value.shape) * value.dtype.itemsize
-            if left_bytes > _TRIM_BYTES and replaces:
+            is_worthwhile = of_form[value.shape, value.dtype] >= _COMPILING_BYTES
+            if assign(variable, value, may_compile=is_worthwhile):
+                left_bytes += _size_bytes(value)
+            if left_bytes > _TRIM_BYTES:
                 settle(variable)  # else copies would queue up before the backend takes them
                 trim_heap()
                 left_bytes = 0
@@ -325,6 +332,10 @@ def _assign_all(
         else:
             _complete(now, variables, values, own_state)
         raise
+
+
+def _size_bytes(value: SavedArray) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def _complete(

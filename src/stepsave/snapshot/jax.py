@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ _ALIGNMENT_BYTES = 64
 """Of memory that XLA may share on the CPU. Less is never enough for it."""
 
 __all__ = (
+    "can_write_over",
     "describe",
     "device_name",
     "has_room",
@@ -45,6 +47,7 @@ __all__ = (
     "signature",
     "view_on_host",
     "wrap_key",
+    "write_over",
 )
 
 
@@ -148,10 +151,37 @@ def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
 def make_own(array: SavedArray, like: jax.Array) -> jax.Array:
     """The same of an array that JAX has a dtype for, in memory that it can donate."""
     source = _copy_misaligned(array) if _is_on_cpu(like) else np.asarray(array)
+    return _put_like(source, like)
+
+
+def _put_like(source: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     if like.committed:
         return jax.device_put(source, like.sharding)
     made = jax.device_put(source)
     return made if made.sharding == like.sharding else jax.device_put(made, like.sharding)
+
+
+def can_write_over(value: jax.Array) -> bool:
+    """Whether `write_over` can have the memory of an array."""
+    sharding = value.sharding
+    is_single = isinstance(sharding, jax.sharding.SingleDeviceSharding)
+    return is_single and _is_on_cpu(value) and not value.is_deleted()
+
+
+def write_over(array: SavedArray, value: jax.Array) -> jax.Array:
+    """Returns an array with other values in the memory of `value`, which nobody has any more.
+
+    New memory would have to be made present, which may take longer than to read a backup from a
+    disk. Where JAX cannot give the memory away, as somebody looks at it by NumPy, it takes other.
+    Compiles once for each shape and dtype. `can_write_over` says where.
+    """
+    made = _write_over(_put_like(np.asarray(array), value), value)
+    return made.block_until_ready()  # JAX reads what NumPy has; that may be overwritten then
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _write_over(array: jax.Array, _: jax.Array) -> jax.Array:
+    return jnp.copy(array)
 
 
 def _copy_misaligned(array: SavedArray) -> np.ndarray[Any, Any]:

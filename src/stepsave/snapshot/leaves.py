@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -67,19 +68,33 @@ def make_like(array: HostArray, like: Any) -> Any:
     return array[()] if isinstance(like, np.generic) else type(like)(array.item())
 
 
-def assign(variable: Any, array: SavedArray) -> None:
+def assign(variable: Any, array: SavedArray, *, may_compile: bool = False) -> bool:
     """Gives a Keras variable the values of an array of its shape and dtype, and shares no memory.
 
-    On torch nothing is allocated for that. Others get memory that a training step can update in
-    place or donate, as it could that which the variable had: else the first one would take new
-    memory for the whole state.
+    It gets memory that a training step can update in place or donate, as it could that which the
+    variable had: else the first one would take new memory for the whole state. On torch it is
+    that very memory; on JAX too, on a CPU, if it may be compiled for and nobody else has it.
+
+    Returns:
+        Whether new memory was taken, and that which the variable had is left behind.
     """
-    value = variable.value
-    backend = backend_of(value)
+    backend = backend_of(variable.value)
+    module = _module(backend)
     if backend == "torch":
-        _module("torch").overwrite(value, array)
-    else:
-        variable.assign(_module(backend).make_own(array, value))
+        module.overwrite(variable.value, array)
+        return False
+    is_over = may_compile and backend == "jax" and _is_alone(variable)
+    if is_over and module.can_write_over(variable.value):
+        variable.assign(module.write_over(array, variable.value))
+        return False
+    variable.assign(module.make_own(array, variable.value))
+    return True
+
+
+def _is_alone(variable: Any) -> bool:
+    """Whether nobody but a Keras variable has its value: who else does must find it as it was."""
+    alone = types.SimpleNamespace(value=object())
+    return sys.getrefcount(variable.value) <= sys.getrefcount(alone.value)
 
 
 def settle(variable: Any) -> None:
