@@ -22,11 +22,12 @@ from bench import machine
 from bench.common import RESULTS
 from bench.publish import documents
 
-SWEPT = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
-SCALED = ("stepsave", "keras", "orbax_keras_tuned")
+OTHER_BACKENDS = ("copy", "copy_write", "stepsave", "keras", "orbax_keras_tuned", "dcp")
+SWEPT = ("stepsave", "keras", "orbax_keras_tuned")
+SCALED = ("stepsave", "keras")
 TRACED = ("stepsave", "keras", "orbax_keras", "orbax_keras_tuned", "orbax_async")
 # Many saves: the first two of each fit write everything.
-CHANGES = "--every 3 --steps 65 --repeats 7"
+CHANGES = "--every 3 --steps 65 --repeats 5"
 TEST_PARTS = Path(__file__).parent / "saves" / "test_parts.py"
 
 
@@ -54,10 +55,10 @@ RUNS = (
     Run("engine", "bench.saves.variables"),
     Run("engine", "bench.saves.writers"),
     Run("engine", "bench.saves.restore"),
-    _fits("fits", "--backend jax --repeats 13"),
-    _fits("fits", "--backend tensorflow --repeats 5"),
-    _fits("fits", "--backend torch --repeats 5"),
-    _fits("idle", "--backend jax --idle --repeats 150"),
+    _fits("fits", "--backend jax --steps 73"),
+    _fits("fits", "--backend tensorflow --repeats 5", OTHER_BACKENDS[:-1]),
+    _fits("fits", "--backend torch --repeats 5", OTHER_BACKENDS),
+    _fits("idle", "--backend jax --idle --repeats 60"),
     _fits("idle", "--backend torch --idle --steps 500 --repeats 30"),
     _fits("idle", "--backend tensorflow --idle --steps 500 --repeats 60"),
     _fits("trace", "--backend jax --trace --repeats 5", TRACED),
@@ -76,14 +77,13 @@ RUNS = (
     _fits("changes", f"--backend jax --trains adapters {CHANGES}"),
     _fits("changes", f"--backend jax --trains embeddings --batch-size 8 {CHANGES}"),
     _fits("sweep", "--backend jax --every 1 --steps 12 --repeats 5", SWEPT),
-    _fits("sweep", "--backend jax --every 10 --steps 33 --repeats 5", SWEPT),
-    _fits("sweep", "--backend jax --every 50 --steps 103 --repeats 5", SWEPT),
+    _fits("sweep", "--backend jax --every 5 --steps 43 --repeats 5", SWEPT),
     _fits("sweep", "--backend jax --megabytes 10 --repeats 5", SCALED),
     _fits("sweep", "--backend jax --megabytes 100 --repeats 5", SCALED),
-    _fits("sweep", "--backend jax --megabytes 1000 --steps 13 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 1000 --repeats 5", SCALED),
     _fits("sweep", "--backend jax --megabytes 40 --variables 100 --repeats 5", SCALED),
     _fits("sweep", "--backend jax --megabytes 40 --variables 1000 --repeats 5", SCALED),
-    _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --steps 13 --repeats 5", SCALED),
+    _fits("sweep", "--backend jax --megabytes 40 --variables 10000 --repeats 5", SCALED),
 )
 # The same questions, tiny: each path through the code once.
 QUICK_RUNS = (

@@ -54,11 +54,32 @@ def parse(
     return options
 
 
-def make_state(framework: str, count: int, array_bytes: int) -> dict[str, Any]:
+def make_state(framework: str, count: int, array_bytes: int, added: float = 0.0) -> dict[str, Any]:
     """Equal states of arrays of any framework, ready: random bits, as weights have."""
     rng = np.random.default_rng(0)
     arrays = (rng.standard_normal(array_bytes // 4, np.float32) for _ in range(count))
-    return {f"w{i}": _as_array(framework, array) for i, array in enumerate(arrays)}
+    return {f"w{i}": _as_array(framework, array + added) for i, array in enumerate(arrays)}
+
+
+class Training:
+    """What is saved where nothing trains: states that take turns, so that all values change.
+
+    What has not changed is not written, and each buffer and each backup is compared with the
+    next but one; so there are three. Having them ready costs nothing while a save is timed.
+
+    Attributes:
+        state: The one that is due.
+    """
+
+    def __init__(self, framework: str, count: int, array_bytes: int) -> None:
+        self._states = [make_state(framework, count, array_bytes, added) for added in range(3)]
+        self.state = self._states[0]
+
+    def step(self) -> dict[str, Any]:
+        """Goes on to the next state, and returns it."""
+        self._states.append(self._states.pop(0))
+        self.state = self._states[0]
+        return self.state
 
 
 def _as_array(framework: str, array: np.ndarray) -> Any:

@@ -50,14 +50,15 @@ class Probe(keras.callbacks.Callback):
     stepsave does between two batches belongs to the step before.
     """
 
-    def __init__(self, *, sync_each_step: bool = False) -> None:
+    def __init__(self, loop_begin: int = 0, *, sync_each_step: bool = False) -> None:
         super().__init__()
         self.begins_s: list[float] = []
         self.cpu_begin_s = 0.0
+        self._loop_begin = loop_begin
         self._sync_each_step = sync_each_step
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._sync_each_step:
+        if self._sync_each_step or batch == self._loop_begin:
             device_sync(self._model)
         if not self.begins_s:
             self.cpu_begin_s = cpu_s()
@@ -78,9 +79,18 @@ class End(keras.callbacks.Callback):
 
 @dataclasses.dataclass(slots=True)
 class FitTimes:
-    """One fit. Times of steps are by the number of the batch, from 0."""
+    """One fit. Times of steps are by the number of the batch, from 0.
+
+    Attributes:
+        before_s: Until the first batch begins.
+        warming_s: From there to the begin of the loop: the steps around the saves for which
+            buffers are not there yet.
+        loop_s: From there until the last step is done on the device.
+        after_s: From there until `fit` returns.
+    """
 
     before_s: float
+    warming_s: float
     loop_s: float
     after_s: float
     cpu_before_s: float
@@ -156,10 +166,16 @@ def cpu_s() -> float:
 
 
 def timed_fit(
-    workload: Any, callbacks: list[Any], steps: int, every: int, *, sync_each_step: bool = False
+    workload: Any,
+    callbacks: list[Any],
+    steps: int,
+    every: int,
+    loop_begin: int,
+    *,
+    sync_each_step: bool = False,
 ) -> FitTimes:
-    """Runs one fit with callbacks under test and times it."""
-    probe, end = Probe(sync_each_step=sync_each_step), End()
+    """Runs one fit with callbacks under test and times it; the loop from some batch on."""
+    probe, end = Probe(loop_begin, sync_each_step=sync_each_step), End()
     sync = (lambda: device_sync(workload.model)) if sync_each_step else None
     hooks = Hooks(callbacks, sync)
     cpu_before_s, begin_s = cpu_s(), time.perf_counter()
@@ -167,9 +183,11 @@ def timed_fit(
     done_s, cpu_done_s = time.perf_counter(), cpu_s()
     assert len(probe.begins_s) == steps, f"{len(probe.begins_s)} batches began, not {steps}"
     ends_s = [*probe.begins_s[1:], end.end_s]
+    loop_begin_s = probe.begins_s[loop_begin]
     return FitTimes(
         before_s=probe.begins_s[0] - begin_s,
-        loop_s=end.end_s - probe.begins_s[0],
+        warming_s=loop_begin_s - probe.begins_s[0],
+        loop_s=end.end_s - loop_begin_s,
         after_s=done_s - end.end_s,
         cpu_before_s=probe.cpu_begin_s - cpu_before_s,
         cpu_s=cpu_done_s - probe.cpu_begin_s,

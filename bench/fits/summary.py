@@ -9,6 +9,9 @@ from typing import Any
 from bench.stats import interval_of_median, percentile, ratio_of_medians, spread
 
 BEFORE, AFTER = 2, 10  # steps shown around a save
+WARMING = 2
+"""Saves before the loop: for each buffer of a double-buffered system the one that fills it first,
+when its memory need not be there yet. What they cost is shown by itself."""
 
 Sample = dict[str, Any]
 
@@ -63,14 +66,16 @@ def _subject(
         return per_round(lambda fits: _mean(fits, key, what) - _mean(fits, other, what))
 
     fits = [sample for found in by_round for sample in found[key]]
-    saves = fits[0]["saves"]
+    saves = max(fits[0]["saves"] - WARMING, 0)  # in the loop
     figures: dict[str, Any] = {
-        "saves_per_fit": saves,
+        "saves_per_loop": saves,
         "async_dispatch": all(sample["async_dispatch"] for sample in fits),
         "loop_s": spread([sample["loop_s"] for sample in fits]),
         "start_over_none_s": spread(over("none", "before_s")),
         "end_over_none_s": spread(over("none", "after_s")),
-        "step_over_none_s": spread([s / settings.steps for s in over("none", "loop_s")]),
+        "step_over_none_s": spread(
+            [s / (settings.steps - settings.loop_begin) for s in over("none", "loop_s")]
+        ),
     }
     for baseline in ("none", "sync"):
         if all(baseline in found for found in by_round):
@@ -85,7 +90,8 @@ def _subject(
                 stalls_s = [value / saves for value in over(baseline, "loop_s")]
                 figures[f"stall_over_{baseline}_s"] = spread(stalls_s)
     if saves:
-        figures |= _saving(key, fits, by_round, memcpy_s, saves, state_bytes)
+        figures["warming_stall_s"] = spread([s / WARMING for s in over("none", "warming_s")])
+        figures |= _saving(key, fits, by_round, memcpy_s, state_bytes)
     if "steps_s" in fits[0]:
         figures["around_save_s"] = around(fits, settings.every)
     return figures
@@ -96,24 +102,24 @@ def _saving(
     fits: list[Sample],
     by_round: list[dict[str, list[Sample]]],
     memcpy_s: list[float],
-    saves: int,
     state_bytes: int,
 ) -> dict[str, Any]:
     def stalls_s(of: str) -> list[float]:
         return [
-            (_mean(found, of, "loop_s") - _mean(found, "none", "loop_s")) / found[of][0]["saves"]
+            (_mean(found, of, "loop_s") - _mean(found, "none", "loop_s"))
+            / (found[of][0]["saves"] - WARMING)
             for found in by_round
         ]
 
-    later_s = [value for sample in fits for value in sample["saves_s"][1:]]
-    gigabytes = saves * state_bytes / 1e9
+    later_s = [value for sample in fits for value in sample["saves_s"][WARMING:]]
+    captured_bytes = fits[0]["saves"] * state_bytes
+    gigabytes = captured_bytes / 1e9
     cpu_s = [_mean(found, key, "cpu_s") - _mean(found, "none", "cpu_s") for found in by_round]
     figures: dict[str, Any] = {
         "stall_over_memcpy": ratio_of_medians(stalls_s(key), memcpy_s),
-        "blocked_first_s": spread([sample["saves_s"][0] for sample in fits]),
         "cpu_s_per_gb": spread([value / gigabytes for value in cpu_s]),
         "disk_bytes": max(sample["disk_bytes"] for sample in fits),
-        **_parts_of_state(fits, saves * state_bytes),
+        **_parts_of_state(fits, captured_bytes),
     }
     if later_s:
         figures["blocked_s"] = {
@@ -140,7 +146,7 @@ def _parts_of_state(fits: list[Sample], captured_bytes: int) -> dict[str, Any]:
 
 
 def around(fits: list[Sample], every: int) -> dict[str, Any]:
-    """Step times from two before a save to ten after it, over all saves but the first.
+    """Step times from two before a save to ten after it, over all saves in the loop.
 
     The save is in step 0: that in which hooks of the subject took longest, the one that ends
     when the save is due or the next.
@@ -148,7 +154,7 @@ def around(fits: list[Sample], every: int) -> dict[str, Any]:
     times: dict[int, list[float]] = {offset: [] for offset in range(-BEFORE, AFTER + 1)}
     for sample in fits:
         steps_s, blocked_s = sample["steps_s"], sample["blocked_s"]
-        for done in range(2 * every, len(steps_s) - AFTER, every):
+        for done in range((WARMING + 1) * every, len(steps_s) - AFTER, every):
             at = done - 1 if blocked_s[done - 1] > blocked_s[done] else done
             for offset, values in times.items():
                 values.append(steps_s[at + offset])
@@ -167,6 +173,7 @@ def show(result: dict[str, Any]) -> None:
     )
     print(
         f"{'':>18}  loop s   x none  stall ms  x memcpy  x stepsave  blocked p50/p99 ms  CPU s/GB"
+        "  first two ms"
     )
     for key, figures in summary["subjects"].items():
         line = f"{key:>18} {figures['loop_s']['median']:7.2f}"
@@ -179,6 +186,7 @@ def show(result: dict[str, Any]) -> None:
             blocked = figures.get("blocked_s")
             both = f"{blocked['p50'] * 1e3:.1f} / {blocked['p99'] * 1e3:.1f}" if blocked else "-"
             line += f" {both:>19} {figures['cpu_s_per_gb']['median']:9.2f}"
+            line += f" {figures['warming_stall_s']['median'] * 1e3:13.1f}"
         print(line)
     for key, error in result["failed"].items():
         print(f"{key:>18} FAILED: {error}")

@@ -35,9 +35,9 @@ def sections(collected: Collected) -> list[tuple[str, list[str]]]:
         head = ["", "loop over no callback", "true stall", "against memcpy", "copy only"]
         head += ["held up p50 / p99", "written", "changed"]
         caption = (
-            "*Written* and *changed* are parts of all that was saved, in whole fits, of which "
-            "the first two saves write everything. *Copy only* is the true stall of a snapshot "
-            "of the whole state in the same rounds."
+            "*Written* and *changed* are parts of all that was saved in whole fits, of which the "
+            "first two saves write everything; the loop comes after them. *Copy only* is the true "
+            "stall of a snapshot of the whole state in the same rounds."
         )
         found.append(("Fits in which a part changes", [caption, "", *markdown_table(head, rows)]))
     return found

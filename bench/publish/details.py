@@ -102,17 +102,22 @@ def _kind_rows(summary: Result, kind: str, what: str) -> list[list[str]]:
 
 
 def _first(collected: Collected) -> list[str]:
+    whens = {"later": "when all memory was there", "at once": "at once"}
     rows = [
         [
-            FRAMEWORK_NAMES[framework],
+            f"{FRAMEWORK_NAMES[framework]}, {label}",
             ms(entry["prepare_s"]),
+            ms(entry["there_s"]),
             ms(entry["first_stall_s"]),
             ms(entry["later_stall_s"]),
             times(entry["first_over_later"], bold=True),
         ]
-        for framework, entry in collected.summary("first").items()
+        for framework, by_when in collected.summary("first").items()
+        for when, label in whens.items()
+        for entry in [by_when[when]]
     ]
-    head = ["", "`prepare`", "stall of the first save", "of later ones", "first to later"]
+    head = ["", "`prepare`", "first save begun after", "its stall", "of later ones"]
+    head += ["first to later"]
     return markdown_table(head, rows) if rows else []
 
 
@@ -184,11 +189,12 @@ def _fits(result: Result) -> list[str]:
     caption = (
         f"{settings['state_bytes'] / 1e6:.0f} MB in {settings['variables']} arrays, batch size "
         f"{settings['batch_size']}, a save every {settings['every']} of {settings['steps']} steps, "
-        f"{settings['repeats']} rounds. Memcpy: {ms(result['summary']['memcpy_s'])}."
+        f"the last {settings['loop_steps']} of which are the loop; {settings['repeats']} rounds. "
+        f"Memcpy: {ms(result['summary']['memcpy_s'])}."
     )
     head = ["", "loop", "over no callback", "true stall", "over the empty callback"]
-    head += ["against memcpy", "against ours", "held up p50 / p99 / max", "first", "CPU s per GB"]
-    head += ["before", "after", "MB on disk", "read back equal"]
+    head += ["against memcpy", "against ours", "held up p50 / p99 / max", "the first two"]
+    head += ["CPU s per GB", "before", "after", "MB on disk", "read back equal"]
     rows = [_fit_row(result, key) for key in result["summary"]["subjects"]]
     failed = [f"- {SUBJECTS[key].label}: failed: {text}" for key, text in result["failed"].items()]
     return [caption, "", *markdown_table(head, rows), *(["", *failed] if failed else [])]
@@ -212,7 +218,7 @@ def _fit_row(result: Result, key: str) -> list[str]:
         times(found["stall_over_memcpy"]),
         times(ratio) if ratio else "ours is within noise",
         f"{held} ms" if held else "",
-        ms(found["blocked_first_s"]),
+        ms(found["warming_stall_s"]),
         times(found["cpu_s_per_gb"]),
         *around,
         f"{found['disk_bytes'] / 1e6:.0f}",
@@ -253,7 +259,7 @@ def _idle(collected: Collected) -> list[str]:
             found = subject(result, key)
             if result is None or found is None:
                 continue
-            step_us = found["loop_s"]["median"] / result["settings"]["steps"] * 1e6
+            step_us = found["loop_s"]["median"] / result["settings"]["loop_steps"] * 1e6
             rows.append(
                 [
                     f"{name}, {SUBJECTS[key].label}",

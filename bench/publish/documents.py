@@ -86,19 +86,19 @@ def overview(collected: Collected, base: Path) -> str:
 
 def _systems(collected: Collected, result: Result) -> list[str]:
     settings, summary = result["settings"], result["summary"]
-    none_s = summary["subjects"]["none"]["loop_s"]["median"]
+    step_ms = summary["subjects"]["none"]["loop_s"]["median"] / settings["loop_steps"] * 1e3
     caption = (
         f"`fit` on JAX: {settings['state_bytes'] / 1e6:.0f} MB of weights and Adam slots in "
-        f"{settings['variables']} arrays, steps of {none_s / settings['steps'] * 1e3:.0f} ms, a "
-        f"save every {settings['every']} of {settings['steps']} steps; "
-        f"{settings['repeats']} rounds, all systems in each, median (10th to 90th percentile; of "
-        "ratios to our stall by resampling the rounds). "
-        "The *true stall* is what a save adds to the whole loop, divided by the saves; a warm "
-        f"copy of the state by two threads takes {ms(summary['memcpy_s'])}. Two fits without a "
-        f"callback differ by {_noise(summary)}."
+        f"{settings['variables']} arrays, steps of {step_ms:.0f} ms, a save every "
+        f"{settings['every']} of {settings['steps']} steps; {settings['repeats']} rounds, all "
+        "systems in each, median (10th to 90th percentile; of ratios to our stall by resampling "
+        "the rounds). The *true stall* is what saves add to the loop, divided by their number. The "
+        "first two, for which memory may not be there yet, come before the loop and are a column "
+        f"of their own. A warm copy of the state by two threads takes {ms(summary['memcpy_s'])}. "
+        f"Two fits without a callback differ by {_noise(summary)}."
     )
-    head = ["", "true stall per save", "against ours", "the loop", "held up, p50 / p99"]
-    head += ["CPU s per GB", "durable"]
+    head = ["", "true stall per save", "against ours", "of each of the first two", "the loop"]
+    head += ["held up, p50 / p99", "CPU s per GB", "durable"]
     rows = [_system(collected, result, key) for key in result["subjects"] if key != "none"]
     return [caption, "", *markdown_table(head, rows)]
 
@@ -112,11 +112,11 @@ def _noise(summary: Result) -> str:
 def _system(collected: Collected, result: Result, key: str) -> list[str]:
     label = SUBJECTS[key].label if key in SUBJECTS else key
     if key in result["failed"]:
-        return [label, "failed, see bench/README.md", *[""] * 5]
+        return [label, "failed, see bench/README.md", *[""] * 6]
     found = result["summary"]["subjects"][key]
     loop = percent_over(found["loop_over_none"])
     if "stall_over_none_s" not in found:
-        return [label, "", "", loop, "", "", ""]
+        return [label, "", "", "", loop, "", "", ""]
     against = "1" if key == "stepsave" else NOISE
     if key != "stepsave" and "stall_over_stepsave" in found:
         against = times(found["stall_over_stepsave"], bold=True)
@@ -124,6 +124,7 @@ def _system(collected: Collected, result: Result, key: str) -> list[str]:
         label,
         ms(found["stall_over_none_s"], bold=key == "stepsave"),
         against,
+        ms(found["warming_stall_s"]),
         loop,
         _held_up(collected, result, key),
         number(found["cpu_s_per_gb"]["median"]),

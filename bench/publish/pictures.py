@@ -198,4 +198,4 @@ def _size(settings: Result) -> str:
 
 def _step(run: Result) -> str:
     loop_s = run["summary"]["subjects"]["none"]["loop_s"]["median"]
-    return f"{loop_s / run['settings']['steps'] * 1e3:.0f} ms"
+    return f"{loop_s / run['settings']['loop_steps'] * 1e3:.0f} ms"

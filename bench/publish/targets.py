@@ -57,7 +57,7 @@ def _idle(collected: Collected) -> Iterator[Figure]:
             continue
         interval = found["loop_over_none_interval"]
         added, low, high = ((interval[key] - 1) * 100 for key in ("median", "low", "high"))
-        steps = result["settings"]["steps"]
+        steps = result["settings"]["loop_steps"]
         step_us = result["summary"]["subjects"]["none"]["loop_s"]["median"] / steps * 1e6
         text = f"{added:+.1f} % ({low:+.1f} to {high:+.1f} %, steps of {number(step_us)} µs)"
         yield Figure(name, added, text, added <= 1)
@@ -73,9 +73,19 @@ def _variables(collected: Collected) -> Iterator[Figure]:
 
 
 def _first(collected: Collected) -> Iterator[Figure]:
-    for framework, entry in collected.summary("first").items():
-        ratio = entry["first_over_later"]["median"]
+    for framework, by_when in collected.summary("first").items():
+        ratio = by_when["later"]["first_over_later"]["median"]
         yield at_most(FRAMEWORK_NAMES[framework], ratio, 1.5, " x")
+
+
+def _first_at_once(collected: Collected) -> str:
+    """What it is where nothing gave the time."""
+    found = {
+        FRAMEWORK_NAMES[framework]: by_when["at once"]["first_over_later"]["median"]
+        for framework, by_when in collected.summary("first").items()
+    }
+    texts = [f"{name} {number(ratio)} x" for name, ratio in found.items()]
+    return f"right after `prepare`: {', '.join(texts)}" if texts else ""
 
 
 def _memory(collected: Collected) -> Iterator[Figure]:
@@ -215,13 +225,13 @@ TARGETS = (
         _limit_of_stall,
     ),
     Target(
-        "true stall in `fit` on JAX, 300 MB every 5 steps, against a two-thread memcpy",
+        "true stall in `fit` on JAX, 300 MB every 10 steps, against a two-thread memcpy",
         "at most 1.5 x",
         _fit("stepsave", "stall_over_memcpy", 1.5),
         _limit_of_fit("stall_over_memcpy"),
     ),
     Target(
-        "the loop of that `fit`, against no callback",
+        "the loop of that `fit`, from its third save on, against no callback",
         "at most 1.12 x",
         _fit("stepsave", "loop_over_none", 1.12),
         _limit_of_fit("loop_over_none"),
@@ -257,7 +267,12 @@ TARGETS = (
         "at most 6 µs",
         _variables,
     ),
-    Target("first save against later ones", "at most 1.5 x", _first),
+    Target(
+        "first save against later ones, where compiling gave the time for its memory to come",
+        "at most 1.5 x",
+        _first,
+        _first_at_once,
+    ),
     Target("peak memory over the two arenas", "at most +64 MiB", _memory),
     Target("growth of memory, threads, open files", "none", _growth),
     Target(

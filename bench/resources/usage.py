@@ -44,39 +44,43 @@ class Task:
 
 
 @contextlib.contextmanager
-def _set_up(task: Task) -> Iterator[tuple[Saver, dict[str, Any], dict[str, Any]]]:
-    """Yields a prepared saver, the state, and a dict to be filled; checks and closes after."""
-    state = common.make_state(SUBJECTS[task.subject].framework, task.arrays, task.array_bytes)
+def _set_up(task: Task) -> Iterator[tuple[Saver, common.Training, dict[str, Any]]]:
+    """Yields a prepared saver, what it saves, and a dict to be filled; checks and closes after."""
+    training = _training(task)
     saver = SUBJECTS[task.subject].make(task.directory)
     found: dict[str, Any] = {}
     try:
-        saver.prepare(state)
-        yield saver, state, found
+        saver.prepare(training.state)
+        yield saver, training, found
         found |= saver.facts()
-        common.check_same(saver.restore(), state)
+        common.check_same(saver.restore(), training.state)
     finally:
         saver.close()
 
 
-def _save(saver: Saver, state: dict[str, Any], first: int, count: int) -> None:
+def _training(task: Task) -> common.Training:
+    return common.Training(SUBJECTS[task.subject].framework, task.arrays, task.array_bytes)
+
+
+def _save(saver: Saver, training: common.Training, first: int, count: int) -> None:
     for step in range(first, first + count):
-        saver.save(step, state)
+        saver.save(step, training.step())
         saver.wait()
 
 
 def saves(task: Task) -> dict[str, Any]:
     """Nothing is measured: for `strace` around it."""
-    with _set_up(task) as (saver, state, found):
-        _save(saver, state, 0, task.saves)
+    with _set_up(task) as (saver, training, found):
+        _save(saver, training, 0, task.saves)
     return found
 
 
 def cpu(task: Task) -> dict[str, Any]:
     """CPU seconds of this process, all its threads; the kernel's own threads are in none."""
-    with _set_up(task) as (saver, state, found):
-        _save(saver, state, 0, WARM_UP)
+    with _set_up(task) as (saver, training, found):
+        _save(saver, training, 0, WARM_UP)
         before, begin_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        _save(saver, state, WARM_UP, task.saves)
+        _save(saver, training, WARM_UP, task.saves)
         after, end_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         found["user_s"] = after.ru_utime - before.ru_utime
         found["system_s"] = after.ru_stime - before.ru_stime
@@ -86,11 +90,11 @@ def cpu(task: Task) -> dict[str, Any]:
 
 
 def memory(task: Task) -> dict[str, Any]:
-    """Peak memory over that of the same process holding only the state.
+    """Peak memory over that of the same process holding only what it saves.
 
     Saves follow each other as fast as they are taken, so all buffers are in use at once.
     """
-    state = common.make_state(SUBJECTS[task.subject].framework, task.arrays, task.array_bytes)
+    training = _training(task)
     if task.subject.startswith("orbax"):
         importlib.import_module("orbax.checkpoint")  # stepsave is: both belong to the base
     gc.collect()
@@ -98,16 +102,16 @@ def memory(task: Task) -> dict[str, Any]:
     reset_peak()
     saver = SUBJECTS[task.subject].make(task.directory)
     try:
-        saver.prepare(state)
+        saver.prepare(training.state)
         prepared = status_bytes("VmRSS")
-        _save(saver, state, 0, 1)
+        _save(saver, training, 0, 1)
         saved = status_bytes("VmRSS")
         for step in range(1, task.saves):
-            saver.save(step, state)
+            saver.save(step, training.step())
         saver.wait()
         peak, after = status_bytes("VmHWM"), status_bytes("VmRSS")
         facts = saver.facts()
-        common.check_same(saver.restore(), state)
+        common.check_same(saver.restore(), training.state)
     finally:
         saver.close()
     return facts | {
@@ -122,12 +126,12 @@ def memory(task: Task) -> dict[str, Any]:
 def growth(task: Task) -> dict[str, Any]:
     """What many saves leave behind: memory, objects, threads, open files."""
     settle = task.saves // 11  # 20 of 220
-    with _set_up(task) as (saver, state, found):
-        _save(saver, state, 0, settle)
+    with _set_up(task) as (saver, training, found):
+        _save(saver, training, 0, settle)
         found["early"] = _holdings()
         rss_bytes = np.zeros(task.saves - settle, np.int64)  # no list that grows itself
         for number in range(len(rss_bytes)):
-            _save(saver, state, settle + number, 1)
+            _save(saver, training, settle + number, 1)
             rss_bytes[number] = status_bytes("VmRSS")
         found["late"] = _holdings()
         found["early"]["saves"], found["late"]["saves"] = settle, task.saves
@@ -149,11 +153,12 @@ def operations(task: Task) -> dict[str, Any]:
     """
     counter = _CallCounter()
     threading.setprofile(counter.count)  # before any thread is started that is to be counted
-    with _set_up(task) as (saver, state, found):
-        _save(saver, state, 0, WARM_UP)
+    with _set_up(task) as (saver, training, found):
+        _save(saver, training, 0, WARM_UP)
         time.sleep(SETTLE_S)
         counter.clear()
         for step in range(WARM_UP, WARM_UP + task.saves):
+            state = training.step()
             with counter.stall():
                 saver.save(step, state)
             saver.wait()

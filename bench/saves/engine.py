@@ -50,15 +50,12 @@ def measure(
     samples: dict[str, list[float]] = {"memcpy": [], "checked copy": [], "raw write": []}
     samples |= {f"{subject.name} {kind}": [] for subject in subjects for kind in kinds}
     count = size_bytes // ARRAY_BYTES
-    states = {
-        framework: common.make_state(framework, count, ARRAY_BYTES)
-        for framework in {subject.framework for subject in subjects}
-    }
+    trainings = {s.name: common.Training(s.framework, count, ARRAY_BYTES) for s in subjects}
     savers = {s.name: stepsave.Checkpointer(where / s.name, **s.options) for s in subjects}
     memcpy, raw = floors.Memcpy(size_bytes), floors.RawWrite(where, size_bytes)
 
     def save(subject: Subject, step: int) -> None:
-        times = common.timed_save(savers[subject.name], step, states[subject.framework])
+        times = common.timed_save(savers[subject.name], step, trainings[subject.name].step())
         for kind in kinds:
             samples[f"{subject.name} {kind}"].append(getattr(times, f"{kind}_s"))
 
@@ -70,14 +67,15 @@ def measure(
     ]
     try:
         for subject in subjects:
-            savers[subject.name].prepare(states[subject.framework])
+            savers[subject.name].prepare(trainings[subject.name].state)
         for _ in range(3):
             memcpy.measure_s()
         for step in range(rounds):
             for action in random.Random(step).sample(measured, len(measured)):
                 action(step)
         for subject in subjects:
-            common.check_restored(savers[subject.name], states[subject.framework], rounds - 1)
+            state = trainings[subject.name].state
+            common.check_restored(savers[subject.name], state, rounds - 1)
     finally:
         for saver in savers.values():
             saver.close()

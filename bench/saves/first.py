@@ -1,7 +1,9 @@
 """Is the first save slower than later ones? Each sample in a process of its own.
 
-`prepare` does ahead what a first save would have to do; what it takes is reported beside
-the stalls. A fresh process has nothing warm that a real first save would find cold. Python's
+`prepare` does ahead what a first save would have to do, and has the memory of the buffers come in
+the background. Where a model compiles meanwhile that is there by the first save (*later*); a save
+right after it (*at once*) pays for it. Both are measured, and how long all of it takes to come. A
+fresh process has nothing warm that a real first save would find cold. Python's
 garbage collector runs before the first save: a full collection of what importing JAX leaves
 behind takes as long as a save, and would fall into the first one by chance.
 """
@@ -28,26 +30,33 @@ from bench.stats import spread
 
 QUICK = {"megabytes": 20, "rounds": 4}
 MEMCPY_SAMPLES = 5
+LATER, AT_ONCE = WHEN = ("later", "at once")
 
 
-def sample(framework: str, size_bytes: int, later: int, directory: Path | None) -> dict[str, Any]:
+def sample(
+    framework: str, when: str, size_bytes: int, later: int, directory: Path | None
+) -> dict[str, Any]:
     """In a fresh process: `prepare`, the first save, and those after it."""
-    state = common.make_state(framework, size_bytes // ARRAY_BYTES, ARRAY_BYTES)
+    training = common.Training(framework, size_bytes // ARRAY_BYTES, ARRAY_BYTES)
     with (
         tempfile.TemporaryDirectory(dir=directory) as where,
         stepsave.Checkpointer(where) as saver,
     ):
         begin_s = time.perf_counter()
-        saver.prepare(state)
+        saver.prepare(training.state)
         prepare_s = time.perf_counter() - begin_s
+        if when == LATER:
+            saver._capture._pool.wait_touched()
+        there_s = time.perf_counter() - begin_s
         gc.collect()
-        times = [common.timed_save(saver, step, state) for step in range(later + 1)]
-        common.check_restored(saver, state, later)
+        times = [common.timed_save(saver, step, training.step()) for step in range(later + 1)]
+        common.check_restored(saver, training.state, later)
     memcpy = floors.Memcpy(size_bytes)
     memcpy_s = statistics.median(memcpy.measure_s() for _ in range(MEMCPY_SAMPLES))
     memcpy.close()
     return {
         "prepare_s": prepare_s,
+        "there_s": there_s,
         "stalls_s": [save.stall_s for save in times],
         "durables_s": [save.durable_s for save in times],
         "memcpy_s": memcpy_s,
@@ -61,6 +70,7 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     memcpy = [each["memcpy_s"] for each in samples]
     return {
         "prepare_s": spread([each["prepare_s"] for each in samples]),
+        "there_s": spread([each["there_s"] for each in samples]),
         "memcpy_s": spread(memcpy),
         "first_stall_s": spread(first),
         "later_stall_s": spread(later),
@@ -75,21 +85,22 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser("saves.first", __doc__)
     parser.add_argument("--megabytes", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=10, help="processes per framework")
-    parser.add_argument("--later", type=int, default=10, help="saves after the first")
+    parser.add_argument("--rounds", type=int, default=7, help="processes of each kind")
+    parser.add_argument("--later", type=int, default=7, help="saves after the first")
     parser.add_argument("--frameworks", nargs="*", choices=FRAMEWORKS, default=list(FRAMEWORKS))
-    parser.add_argument("--child", choices=FRAMEWORKS, help="measure once, here, and print it")
+    parser.add_argument("--child", nargs=2, help="framework, and when: measure once, and print it")
     options = common.parse(parser, arguments, QUICK)
     size_bytes = options.megabytes * 1_000_000 // ARRAY_BYTES * ARRAY_BYTES
     if options.child:
-        print(json.dumps(sample(options.child, size_bytes, options.later, options.directory)))
+        print(json.dumps(sample(*options.child, size_bytes, options.later, options.directory)))
         return
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in options.frameworks}
+    kinds = [(framework, when) for framework in options.frameworks for when in WHEN]
+    samples: dict[str, list[dict[str, Any]]] = {" ".join(kind): [] for kind in kinds}
     with tempfile.TemporaryDirectory(dir=options.directory) as where:
         facts = machine.describe(Path(where))
         for number in range(options.rounds):
-            for name in random.Random(number).sample(options.frameworks, len(samples)):
-                samples[name].append(_run_child(name, options, where))
+            for kind in random.Random(number).sample(kinds, len(kinds)):
+                samples[" ".join(kind)].append(_run_child(kind, options, where))
     result = {
         "benchmark": "first",
         "machine": facts,
@@ -100,15 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "later_saves": options.later,
             "quick": options.quick,
         },
-        "summary": {name: summarize(found) for name, found in samples.items()},
+        "summary": {
+            framework: {when: summarize(samples[f"{framework} {when}"]) for when in WHEN}
+            for framework in options.frameworks
+        },
         "samples": samples,
     }
     common.write("first", options, result)
     _show(result["summary"])
 
 
-def _run_child(framework: str, options: argparse.Namespace, where: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.saves.first", "--child", framework]
+def _run_child(kind: tuple[str, str], options: argparse.Namespace, where: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.saves.first", "--child", *kind]
     command += ["--directory", where]
     command += ["--megabytes", str(options.megabytes), "--later", str(options.later)]
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -117,13 +131,17 @@ def _run_child(framework: str, options: argparse.Namespace, where: str) -> dict[
 
 
 def _show(summary: dict[str, Any]) -> None:
-    for name, entry in summary.items():
-        first, later = (entry[f"{key}_stall_s"]["median"] * 1e3 for key in ("first", "later"))
-        print(
-            f"{name:>8}: prepare {entry['prepare_s']['median'] * 1e3:7.1f} ms, first stall "
-            f"{first:6.1f} ms, later {later:6.1f} ms, "
-            f"{entry['first_over_later']['median']:.2f} x"
-        )
+    for framework, by_when in summary.items():
+        for when, entry in by_when.items():
+            prepare, there, first, later = (
+                entry[f"{key}_s"]["median"] * 1e3
+                for key in ("prepare", "there", "first_stall", "later_stall")
+            )
+            print(
+                f"{framework:>8} {when:>8}: prepare {prepare:6.1f}, begun after {there:7.1f} ms, "
+                f"first stall {first:6.1f} ms, later {later:6.1f} ms, "
+                f"{entry['first_over_later']['median']:.2f} x"
+            )
 
 
 if __name__ == "__main__":

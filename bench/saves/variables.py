@@ -36,8 +36,8 @@ def measure(
     """Runs all frameworks and numbers of variables interleaved; raw samples in seconds."""
     samples: Samples = {}
     subjects = [(framework, count) for framework in frameworks for count in counts]
-    states = {
-        subject: common.make_state(subject[0], subject[1], size_bytes // subject[1])
+    trainings = {
+        subject: common.Training(subject[0], subject[1], size_bytes // subject[1])
         for subject in subjects
     }
     savers = {
@@ -47,18 +47,18 @@ def measure(
     memcpy = floors.Memcpy(size_bytes)
     try:
         for subject, saver in savers.items():
-            saver.prepare(states[subject])
+            saver.prepare(trainings[subject].state)
         memcpy.measure_s()
         for step in range(rounds):
             copies_s = [memcpy.measure_s() for _ in range(MEMCPY_PER_ROUND)]
             samples.setdefault("memcpy", []).append(statistics.median(copies_s))
             for subject in random.Random(step).sample(subjects, len(subjects)):
-                times = common.timed_save(savers[subject], step, states[subject])
+                times = common.timed_save(savers[subject], step, trainings[subject].step())
                 for kind in ("stall", "background", "durable"):
                     taken_s = getattr(times, f"{kind}_s")
                     samples.setdefault(key(*subject, kind), []).append(taken_s)
         for subject, saver in savers.items():
-            common.check_restored(saver, states[subject], rounds - 1)
+            common.check_restored(saver, trainings[subject].state, rounds - 1)
     finally:
         for saver in savers.values():
             saver.close()
