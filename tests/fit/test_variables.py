@@ -264,6 +264,13 @@ def test_a_variable_holds_an_array_of_just_its_bits(in_pieces):
     assert not variables.holds(variable, saved(np.abs(array)))  # 0.0 is not -0.0
 
 
+def assert_values(model, state):
+    paths, arrays = flatten(snapshot(model))
+    assert paths == flatten(state)[0]
+    for one, other in zip(arrays, flatten(state)[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 class Failing:
     """Stands in for `assign`: fails when it is called for the third time, or from then on."""
 
@@ -289,10 +296,7 @@ def test_an_assignment_that_is_cut_short_is_completed(monkeypatch, error):
     with pytest.raises(type(error)) as caught:
         restore_variables(model, state, BACKEND)
     assert not getattr(caught.value, "__notes__", [])
-    found = snapshot(model)
-    assert flatten(found)[0] == flatten(state)[0]
-    for one, other in zip(flatten(found)[1], flatten(state)[1], strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_values(model, state)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="others give nothing away")
@@ -317,8 +321,7 @@ def test_an_interrupt_after_a_value_was_given_away_leaves_the_model_whole(monkey
     with pytest.raises(KeyboardInterrupt):
         restore_variables(model, state, BACKEND)
     assert calls == [True, True]
-    for one, other in zip(flatten(snapshot(model))[1], flatten(state)[1], strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_values(model, state)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="others compile nothing")
@@ -336,8 +339,7 @@ def test_large_values_are_written_over_those_of_the_model(monkeypatch):
     assert [a == b for a, b in zip(after, before, strict=True)].count(False) == 1
     assert all(others)
     np.testing.assert_array_equal(kept, kept_before)
-    for one, other in zip(flatten(snapshot(model))[1], flatten(state)[1], strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_values(model, state)
 
 
 def test_an_assignment_that_cannot_be_completed_says_what_the_model_is_now(monkeypatch):
@@ -457,5 +459,4 @@ def test_memory_is_given_back_when_the_backend_has_taken_what_was_assigned(monke
     restore_variables(model, state, BACKEND)
     assert trims == list(range(1, len(trims) + 1))
     assert bool(trims) == (BACKEND != "torch")
-    for one, other in zip(flatten(snapshot(model))[1], flatten(state)[1], strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_values(model, state)
