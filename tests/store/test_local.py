@@ -230,9 +230,43 @@ def test_a_buffer_of_another_size_is_refused_with_both_sizes(store, size_bytes):
 def test_a_file_that_shrinks_while_it_is_read_is_refused(store, monkeypatch):
     store.write("file", b"12345")
     real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, views, at) if at < 0 else 0)
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at, *_: real(fd, views, at) if at < 0 else 0
+    )
     with pytest.raises(CorruptBackupError, match="ended after 0"):
         store.read_into("file", memoryview(bytearray(5)))
+
+
+@pytest.mark.parametrize("cached_blocks", [0, 3, 8])
+def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_is_read(
+    store, monkeypatch, cached_blocks
+):
+    data = np.random.default_rng(1).bytes(8 << 12)
+    begin_bytes = cached_blocks << 12
+    store.write("file", data)
+    with open(store.path("file"), "rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError as e:
+            pytest.skip(f"this file system does not tell what is in the page cache: {e}")
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), begin_bytes, 0, os.POSIX_FADV_DONTNEED)
+    waited_for, real = [], os.preadv
+
+    def preadv(fd, views, at, *flags):
+        got = real(fd, views, at, *flags)
+        if not flags:
+            waited_for.append((at, got))
+        return got
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    buffer = aligned(len(data), 0)
+    store.read_into("file", buffer)
+    assert bytes(buffer) == data
+    # A file system may keep more in memory than it is asked to, and one in memory keeps all.
+    assert all(at >= begin_bytes for at, _ in waited_for)
+    if cached_blocks == 8:
+        assert not waited_for
 
 
 def test_a_missing_file_is_a_missing_file(store):
