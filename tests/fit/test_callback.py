@@ -121,6 +121,20 @@ EVERY_THIRD = [
 ]
 
 
+def test_a_validation_finds_the_device_memory_of_the_copy_free(backup_dir):
+    stages = []
+
+    class Look(keras.callbacks.Callback):
+        def on_test_batch_begin(self, batch, logs=None):
+            stages.append(callback._saver._capture._stager._stage)
+            assert not any(getattr(stages[-1], name, None) for name in ("_copies", "_clones"))
+
+    callback = BackupAndRestore(backup_dir, save_freq=2, snapshot="device")
+    fit(small_model(), callback, Look(), epochs=2, validation_data=(X, Y))
+    assert stages
+    assert callback.stats().committed > 1
+
+
 @pytest.mark.parametrize("others", [[], [Synchronous]], ids=["asynchronous", "synchronous"])
 @pytest.mark.parametrize("validation", [None, (X, Y)], ids=["", "validation"])
 def test_batches_are_counted_across_epochs(others, validation, backup_dir, saves):

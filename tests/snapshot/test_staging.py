@@ -296,6 +296,21 @@ def test_jax_copies_reuse_the_memory_of_the_copies_before():
     assert addresses[0] == addresses[1] == addresses[2] == addresses[3]
 
 
+def test_device_memory_is_given_up_when_asked_and_taken_again_by_the_next_save(tmp_path, numbers):
+    state = numbers.state(1)
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        saver.free_device_memory()
+        for step in range(1, 4):
+            saver.save(step, state)
+            state = numbers.advance(state)
+            saver.free_device_memory()
+            stage = saver._capture._stager._stage
+            assert stage.on_device
+            assert [getattr(stage, name, None) for name in ("_copies", "_clones")] == [None, None]
+            assert saver._capture._filling._source is None, "nobody else has the copies"
+            assert_is_of(saver.restore(), step)
+
+
 def test_held_tensors_are_let_go_when_they_are_on_the_host(tmp_path):
     numbers = Numbers("tensorflow")
     state = numbers.state(1)

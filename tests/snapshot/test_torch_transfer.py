@@ -9,6 +9,7 @@ from engine_support import assert_same_bits
 
 import stepsave
 from stepsave.snapshot import torch_transfer
+from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.pieces import Piece
 from stepsave.snapshot.torch_transfer import Clones, Lanes, Transfer, parts_of
 
@@ -125,6 +126,29 @@ def test_a_mixed_state_comes_back_as_it_was(tmp_path, late, request, mode, shard
         (lane,) = late.made[-1:]
         assert lane.sent
         assert saver._capture._stager.mode == mode
+
+
+def test_without_a_copy_on_the_device_training_waits_for_transfers_and_for_no_check(
+    tmp_path, late, monkeypatch
+):
+    monkeypatch.setattr(Clones, "__init__", out_of_memory)
+    is_free, fill = threading.Event(), Filling._fill
+
+    def fill_later(*arguments):
+        assert is_free.wait(20), "the save waited until its state was checked"
+        fill(*arguments)
+
+    monkeypatch.setattr(Filling, "_fill", fill_later)
+    state = mixed_state(1)
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        with pytest.warns(UserWarning, match="no room"):
+            handle = saver.save(1, state)
+        assert not handle.done
+        assert [lane.arrived == len(lane.sent) > 0 for lane in late.made] == [True]
+        advance(state, 2)
+        is_free.set()
+        saver.wait()
+        assert_is_of(saver.restore(), 1)
 
 
 def out_of_memory(*_):

@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from stepsave.engine.arguments import (
@@ -110,7 +109,8 @@ class Checkpointer:
         except BaseException:
             # Behind the opening, which goes on if only its caller was interrupted.
             self._keeper.call(self._directory.release)
-            self._end_threads()
+            self._keeper.end()
+            self._helpers.end()
             raise
 
     @property
@@ -273,6 +273,15 @@ class Checkpointer:
             self._capture.take_over(found.pages)
         return found
 
+    def free_device_memory(self) -> None:
+        """Gives up the copy of the state in device memory until the next save.
+
+        For what needs more of it than a step, such as a validation. Waits until the last state is
+        on the host, not until it is durable.
+        """
+        self._check_usable()
+        self._capture.free_device_memory()
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.
 
@@ -344,21 +353,13 @@ class Checkpointer:
         except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
             self._close_error = e
         self._directory.release(remove=delete_backup and self._close_error is None)
-        self._end_threads()
-
-    def _end_threads(self) -> None:
         self._keeper.end()
         self._helpers.end()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             self.close()
         except StepsaveError as e:

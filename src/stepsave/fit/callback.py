@@ -304,6 +304,9 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             # Where Keras learns the length by reading on, nothing was begun after the last batch.
             end = self._end or Cut.take(self._loop)
             self._before_validation = BeforeValidation.take(self._trained_model(), end)
+        if self._saver is not None and not self._saver.closed:
+            # It may need more than a step did, when it was decided that there is room for a copy.
+            self._saver.free_device_memory()
 
     def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self._in_epoch:

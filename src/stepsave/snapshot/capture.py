@@ -158,13 +158,24 @@ class Capture:
             arena.settle(by_device=True)
             self._wait_pinned(pool)
         source = self._source(leaves, arrays, structure, arena)
-        waits = self._stager is None or self._stager.blocks
-        filling = self._filling = arena.begin(source, structure.attention, is_led=not waits)
-        if waits:
+        stager = self._stager
+        is_led = stager is not None and not stager.blocks
+        filling = self._filling = arena.begin(source, structure.attention, is_led=is_led)
+        if stager is None or stager.blocks:
             pool.fill(filling)
         else:
             pool.lead(filling)
+            stager.release()
         return Snapshot(structure.blueprint, arena, filling)
+
+    def free_device_memory(self) -> None:
+        """Gives up the copy on a device, when it is on the host; the next snapshot makes another.
+
+        What is compiled for it stays.
+        """
+        if self._stager is not None and self._filling is not None:
+            self._filling.wait_quiet()
+            self._stager.free()
 
     def close(self) -> None:
         """Lets go of the arenas. No snapshot may be in use."""

@@ -337,6 +337,12 @@ class _Stage:
         self._copies = copies
         return Transfer(cut, copies, self._pool, sent=False)
 
+    def release(self) -> None:
+        """Nothing: JAX keeps the order."""
+
+    def free(self) -> None:
+        self._copies = None
+
     def settle(self) -> None:
         """Nothing: JAX transfers to memory of its own."""
 

@@ -62,7 +62,7 @@ class Stage(Protocol):
 
     Attributes:
         on_device: Whether the arrays are copied within device memory first.
-        blocks: Whether the arrays must not change until all of them are on the host.
+        blocks: Whether the arrays must not change until all of them are in the arena.
     """
 
     on_device: bool
@@ -88,6 +88,14 @@ class Stage(Protocol):
         Raises:
             MemoryError: If the device has no room for a copy after all.
         """
+        ...
+
+    def release(self) -> None:
+        """Returns when the arrays of the last `begin` may change, unless `blocks` is set."""
+        ...
+
+    def free(self) -> None:
+        """Gives device memory up until the next `begin`. All that was begun is on the host."""
         ...
 
     def settle(self) -> None:
@@ -130,8 +138,18 @@ class Stager:
 
     @property
     def blocks(self) -> bool:
-        """Whether the state must not change until it is on the host."""
+        """Whether the state must not change until it is in the arena."""
         return self._stage is not None and self._stage.blocks
+
+    def release(self) -> None:
+        """Returns when the state that was begun last may change, unless `blocks` is set."""
+        if self._stage is not None:
+            self._stage.release()
+
+    def free(self) -> None:
+        """Gives device memory up until the next `begin`. All that was begun is on the host."""
+        if self._stage is not None:
+            self._stage.free()
 
     def is_worthwhile(self, leaves: Sequence[Any]) -> bool:
         """Whether the leaves are on a device from which a plain copy is slow."""

@@ -126,5 +126,11 @@ class _Stage:
         held = [_value(leaf) for leaf in leaves]
         return lambda leaf: _view(held[leaf])
 
+    def release(self) -> None:
+        """Nothing: values are held."""
+
+    def free(self) -> None:
+        """Nothing: values are let go of when they are on the host."""
+
     def settle(self) -> None:
         """Nothing: no transfer writes to an arena."""

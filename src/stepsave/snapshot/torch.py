@@ -187,12 +187,13 @@ def make_stage(_: object, *, on_device: bool) -> _Stage:
 class _Stage:
     """Copies within device memory, then to page-locked arenas on a stream of its own.
 
-    Without a copy on the device the caller has to wait: torch updates tensors in place.
+    Without a copy on the device the caller has to wait until all has arrived, as torch updates
+    tensors in place; but not until it is checked.
     """
 
     def __init__(self, *, on_device: bool) -> None:
         self.on_device = on_device
-        self.blocks = not on_device
+        self.blocks = False
         self._clones: Clones | None = None
         self._lanes = Lanes()
 
@@ -205,7 +206,9 @@ class _Stage:
         with torch.no_grad():
             tensors = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
             if not self.on_device:
-                return Transfer(self._lanes, parts_of(tensors, pieces), arena)
+                transfer = Transfer(self._lanes, parts_of(tensors, pieces), arena)
+                transfer.send()  # a thread of the crew would begin later
+                return transfer
             try:
                 clones = self._clones
                 if clones is None or not clones.fit(tensors, pieces):
@@ -216,6 +219,13 @@ class _Stage:
                 self._clones = None
                 raise MemoryError(str(e)) from e
             return Transfer(self._lanes, clones.parts, arena)
+
+    def release(self) -> None:
+        if not self.on_device:
+            self._lanes.settle()
+
+    def free(self) -> None:
+        self._clones = None
 
     def settle(self) -> None:
         self._lanes.settle()

@@ -157,7 +157,14 @@ class Transfer:
         lanes.follow({part.source.device for part in parts})
 
     def __call__(self, leaf: int) -> None:
-        with self._guard:  # the first thread that asks sends everything
+        self.send()
+        event = self._arrived.get(leaf)
+        if event is not None:
+            event.synchronize()
+
+    def send(self) -> None:
+        """Sends everything, unless that was done: for the first thread that comes to it."""
+        with self._guard:
             if not self._is_sent:
                 try:
                     self._send()
@@ -165,9 +172,6 @@ class Transfer:
                     self._lanes.settle()  # or what was sent would arrive in the midst of another
                     raise
                 self._is_sent = True
-        event = self._arrived.get(leaf)
-        if event is not None:
-            event.synchronize()
 
     def _send(self) -> None:
         waiting: dict[Lane, list[int]] = {}  # for the next event
