@@ -129,10 +129,13 @@ def test_a_validation_finds_the_device_memory_of_the_copy_free(backup_dir):
             stages.append(callback._saver._capture._stager._stage)
             assert not any(getattr(stages[-1], name, None) for name in ("_copies", "_clones"))
 
-    callback = BackupAndRestore(backup_dir, save_freq=2, snapshot="device")
-    fit(small_model(), callback, Look(), epochs=2, validation_data=(X, Y))
+    callback = BackupAndRestore(backup_dir, STEPS, snapshot="device", delete_checkpoint=False)
+    model = small_model()
+    fit(model, callback, Look(), epochs=2, validation_data=(X, Y))
     assert stages
-    assert callback.stats().committed > 1
+    assert callback.stats().committed == 2
+    found = restored(small_model(), backup_dir)
+    assert_same_state(found.state, state_of(model), metrics=False)  # validation has used these
 
 
 @pytest.mark.parametrize("others", [[], [Synchronous]], ids=["asynchronous", "synchronous"])

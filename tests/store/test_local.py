@@ -247,8 +247,9 @@ def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_is_read(
     with open(store.path("file"), "rb") as file:
         try:
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+            problem = None
         except OSError as e:
-            pytest.skip(f"this file system does not tell what is in the page cache: {e}")
+            problem = e
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), begin_bytes, 0, os.POSIX_FADV_DONTNEED)
     waited_for, real = [], os.preadv
@@ -263,6 +264,8 @@ def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_is_read(
     buffer = aligned(len(data), 0)
     store.read_into("file", buffer)
     assert bytes(buffer) == data
+    if problem is not None:
+        pytest.skip(f"the bits are right; this file system tells of no page cache: {problem}")
     # A file system may keep more in memory than it is asked to, and one in memory keeps all.
     assert all(at >= begin_bytes for at, _ in waited_for)
     if cached_blocks == 8:

@@ -195,6 +195,7 @@ class _Stage:
         self.on_device = on_device
         self.blocks = False
         self._clones: Clones | None = None
+        self._held: Transfer | None = None  # of tensors that the caller must not change yet
         self._lanes = Lanes()
 
     def prepare(self, leaves: Sequence[Any]) -> None:
@@ -206,9 +207,8 @@ class _Stage:
         with torch.no_grad():
             tensors = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
             if not self.on_device:
-                transfer = Transfer(self._lanes, parts_of(tensors, pieces), arena)
-                transfer.send()  # a thread of the crew would begin later
-                return transfer
+                self._held = Transfer(self._lanes, parts_of(tensors, pieces), arena)
+                return self._held
             try:
                 clones = self._clones
                 if clones is None or not clones.fit(tensors, pieces):
@@ -221,7 +221,9 @@ class _Stage:
             return Transfer(self._lanes, clones.parts, arena)
 
     def release(self) -> None:
-        if not self.on_device:
+        held, self._held = self._held, None
+        if held is not None:
+            held.send()
             self._lanes.settle()
 
     def free(self) -> None:

@@ -120,9 +120,9 @@ class LocalStore:
     def read_into(self, path: str, buffer: memoryview) -> None:
         """Fills a buffer with a whole file of exactly that size.
 
-        What is in the page cache already is taken from there. The rest bypasses it where the file
-        system lets it: what is read once needs no copy of it kept, and a restore must not push out
-        what others have cached.
+        As far as its head is in the page cache already, it is taken from there. The rest bypasses
+        that where the file system lets it: what is read once needs no copy of it kept, and a
+        restore must not push out what others have cached.
 
         Args:
             path: The file.
