@@ -55,6 +55,7 @@ RUNS = (
     Run("engine", "bench.saves.variables"),
     Run("engine", "bench.saves.writers"),
     Run("engine", "bench.saves.restore"),
+    Run("engine", "bench.saves.buckets"),
     _fits("fits", "--backend jax --steps 73"),
     _fits("fits", "--backend tensorflow --repeats 5", OTHER_BACKENDS[:-1]),
     _fits("fits", "--backend torch --repeats 5", OTHER_BACKENDS),

@@ -3,7 +3,8 @@
     StepsaveError
     ├── InvalidStateError       (TypeError)    a leaf or a name that cannot be saved
     ├── BackupDirectoryError    (OSError)      the directory cannot be used
-    │   └── DirectoryBusyError                 … because somebody else uses it
+    │   ├── DirectoryBusyError                 … because somebody else uses it
+    │   └── BucketError                        … because a bucket refuses or does not answer
     ├── CorruptBackupError      (ValueError)   what is on disk does not prove itself
     │   └── FormatVersionError                 … because a newer stepsave wrote it
     ├── BackupMismatchError     (ValueError)   a valid backup, but of another model or state
@@ -15,6 +16,7 @@
     Preempted                   (SystemExit)   training was saved and ended on a signal
     UnreproducibleDataWarning   (UserWarning)  data that a resumed run may see otherwise
     ChangedTrainingWarning      (UserWarning)  a backup of another training than the present
+    SaveFailedWarning           (UserWarning)  a save failed, and training goes on without it
 
 Each is also the builtin in parentheses, so that code which already catches that keeps
 working. Every message names the thing, what was expected, what was found and what to do.
@@ -29,6 +31,7 @@ __all__ = (
     "ArenaMemoryError",
     "BackupDirectoryError",
     "BackupMismatchError",
+    "BucketError",
     "ChangedTrainingWarning",
     "CheckpointerClosedError",
     "CorruptBackupError",
@@ -38,6 +41,7 @@ __all__ = (
     "NestedCallError",
     "Preempted",
     "SaveFailedError",
+    "SaveFailedWarning",
     "StepsaveError",
     "UnreproducibleDataWarning",
 )
@@ -57,6 +61,10 @@ class BackupDirectoryError(StepsaveError, OSError):
 
 class DirectoryBusyError(BackupDirectoryError):
     """Raised when another live process or checkpointer uses the directory."""
+
+
+class BucketError(BackupDirectoryError):
+    """Raised when a bucket refuses, or does not answer in time, whatever was tried."""
 
 
 class CorruptBackupError(StepsaveError, ValueError):
@@ -125,3 +133,7 @@ class UnreproducibleDataWarning(UserWarning):
 
 class ChangedTrainingWarning(UserWarning):
     """Warns that a backup is of another training, or that this one goes on changed."""
+
+
+class SaveFailedWarning(UserWarning):
+    """Warns that a bucket could not be reached: that save is lost, and training goes on."""

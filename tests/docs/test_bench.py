@@ -28,6 +28,7 @@ RUNS = {
         "keras",
     ],
     "restore": ["bench.saves.restore", "--quick"],
+    "buckets": ["bench.saves.buckets", "--quick"],
     "resume": [
         "bench.resume",
         "--quick",
@@ -55,6 +56,7 @@ RUNS = {
 # Where what they measured is published.
 SECTIONS = {
     "imports": "### Import\n",
+    "buckets": "### Into a bucket and back\n",
     "starts": "### From `fit` to the first batch\n",
     "changes": "### States of which a part changes\n",
     "changes in fits": "### Fits in which a part changes\n",

@@ -1,25 +1,48 @@
 """Nothing in the README that was not run."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bucket_support import put, s3, s3_environment, s3_target
+
+__all__ = ("s3", "s3_target")
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-FIT, PREEMPTION, LOOP = EXAMPLES
+FIT, PREEMPTION, LOOP, IN_BUCKET = EXAMPLES
 PREEMPTION = FIT + PREEMPTION  # it goes on with that model
+IN_BUCKET = FIT + IN_BUCKET
 
 
 def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
     assert ".fit(" in FIT
     assert "save_before_preemption" in PREEMPTION
     assert "Checkpointer(" in LOOP
+    assert "s3://" in IN_BUCKET
+
+
+@pytest.mark.xdist_group("buckets")
+def test_the_example_of_a_bucket_runs_as_written_and_saves_there(s3, tmp_path):
+    put(f"{s3.url}/my-bucket", b"")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", IN_BUCKET],
+        cwd=tmp_path,
+        env={**os.environ, **s3_environment(s3.url)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SaveFailedWarning" not in done.stderr
+    marker = ("PUT", "/my-bucket/run-7/COMMIT")
+    assert s3.requests.count(marker) >= 2  # claimed, and committed
 
 
 @pytest.mark.parametrize("example", [FIT, PREEMPTION, LOOP], ids=["fit", "preemption", "loop"])

@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepsave
-from stepsave.engine import checkpointer
 from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
 from stepsave.format.marker import decode_marker, encode_marker
 from stepsave.format.records import BackupRecord, FileRecord
+from stepsave.store import places
 from stepsave.store.local import LocalStore
 
 sizes = st.integers(0, 2**63 - 1)
@@ -77,7 +77,7 @@ class LoggingStore(LocalStore):
 
 @pytest.fixture
 def log(monkeypatch):
-    monkeypatch.setattr(checkpointer, "LocalStore", LoggingStore)
+    monkeypatch.setattr(places, "LocalStore", LoggingStore)
     LoggingStore.log = []
     return lambda: LoggingStore.log
 
@@ -99,8 +99,8 @@ def test_a_marker_is_these_very_bytes():
 
 def test_a_marker_from_the_future_is_told_from_a_corrupt_one():
     record = BackupRecord(7, "7", "ab", (), 4096, ())
-    encoded = encode_marker(record).replace(b"stepsave-commit 1", b"stepsave-commit 2")
-    with pytest.raises(FormatVersionError, match=r"format 2.*reads format 1"):
+    encoded = encode_marker(record).replace(b"stepsave-commit 1", b"stepsave-commit 3")
+    with pytest.raises(FormatVersionError, match=r"format 3.*up to format 2"):
         decode_marker(encoded, "here")
 
 
@@ -397,7 +397,7 @@ def fail_once(monkeypatch, operation, number=1):
         return result
 
     setattr(FailingStore, operation, fail)
-    monkeypatch.setattr(checkpointer, "LocalStore", FailingStore)
+    monkeypatch.setattr(places, "LocalStore", FailingStore)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -485,7 +485,7 @@ def test_dying_at_any_operation_after_a_fall_back_loses_nothing(
 
         setattr(DyingStore, name, operation)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "LocalStore", DyingStore)
+        patch.setattr(places, "LocalStore", DyingStore)
         saver = stepsave.Checkpointer(tmp_path, double_checkpoint=True)
         with pytest.warns(UserWarning, match="cannot be read"):
             assert saver.restore().step == 2

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import stepsave
-from stepsave.engine import checkpointer
 from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.engine.reader import read_backup
 from stepsave.format import layout
 from stepsave.format.marker import decode_marker
+from stepsave.store import places
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
 
@@ -112,7 +112,7 @@ class CommitMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(checkpointer, "LocalStore", FaultyStore)
+        self.patch.setattr(places, "LocalStore", FaultyStore)
         self.patch.setattr(os, "fsync", lambda _: None)  # processes die here, not machines
         self.patch.setattr(os, "fdatasync", lambda _: None)
         self.patch.setattr(layout, "SHARD_TARGET_BYTES", 32 << 10)

@@ -215,8 +215,8 @@ def test_a_marker_that_does_not_fit_its_backup_is_refused(backup, name):
 
 
 def test_a_marker_of_a_future_format_is_refused_with_both_versions(backup):
-    change_marker(backup, lambda _: None, version=2)
-    assert_refused(backup, "COMMIT", FormatVersionError, "format 2.*format 1.*newer stepsave")
+    change_marker(backup, lambda _: None, version=3)
+    assert_refused(backup, "COMMIT", FormatVersionError, "format 3.*format 2.*newer stepsave")
     with (
         stepsave.Checkpointer(backup) as saver,
         pytest.raises(stepsave.SaveFailedError) as caught,

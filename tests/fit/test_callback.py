@@ -381,9 +381,9 @@ def test_a_busy_disk_is_waited_for_or_the_save_skipped(backup_dir, monkeypatch):
     gate = threading.Event()
     original = CommitProtocol.begin
 
-    def begin(self, blueprint):
+    def begin(self, *request):
         assert gate.wait(60)
-        return original(self, blueprint)
+        return original(self, *request)
 
     class OpenLater(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -171,9 +171,9 @@ from keras_support import *
 from stepsave.engine.commit import CommitProtocol
 
 begin = CommitProtocol.begin
-def begin_slowly(self, blueprint):
+def begin_slowly(self, *request):
     time.sleep(0.7)
-    return begin(self, blueprint)
+    return begin(self, *request)
 CommitProtocol.begin = begin_slowly
 """
 

@@ -168,9 +168,9 @@ def test_skipped_saves_touch_no_device(tmp_path, numbers, monkeypatch):
     gate = threading.Event()
     real = CommitProtocol.begin
 
-    def begin(self, blueprint):
+    def begin(self, *request):
         assert gate.wait(30)
-        return real(self, blueprint)
+        return real(self, *request)
 
     monkeypatch.setattr(CommitProtocol, "begin", begin)
     state = numbers.state(1)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import operator
-import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepsave.errors import BackupDirectoryError, InvalidStateError
+from stepsave.errors import InvalidStateError
 from stepsave.format.records import FORMAT_VERSION
 from stepsave.format.tree import Note, encode_structure
 
 __all__ = (
     "StructureText",
     "check_choices",
-    "check_directory",
     "check_step",
     "check_threads",
     "encode_training",
@@ -51,19 +48,6 @@ def check_threads(count: object) -> int:
         f"Invalid value for argument `writer_threads`. Received: writer_threads={count!r}. "
         "Expected a positive integer or None."
     )
-
-
-def check_directory(directory: str | os.PathLike[str]) -> str:
-    """Returns the path of a local directory, or raises `ValueError` or `BackupDirectoryError`."""
-    if not directory:
-        raise ValueError("Empty `directory` argument passed")
-    path = os.fspath(directory)
-    if re.match(r"[a-z][a-z0-9+.-]+:/", path):  # `Path` makes one slash of two
-        raise BackupDirectoryError(
-            f"{path}: expected a directory of a local file system; remote stores are not "
-            "supported yet."
-        )
-    return path
 
 
 def check_step(step: int, last_step: int, directory: str) -> int:

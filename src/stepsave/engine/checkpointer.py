@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import Any, Literal, Self
 from stepsave.engine.arguments import (
     StructureText,
     check_choices,
-    check_directory,
     check_step,
     check_threads,
     encode_training,
@@ -22,14 +20,14 @@ from stepsave.engine.likeness import fit_to
 from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.reader import StoredBackup
 from stepsave.engine.saves import SaveHandle, SaveLog
-from stepsave.engine.writer import DEFAULT_LANES, SaveRequest, WriterKind, start_threads
+from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
 from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
-from stepsave.store.local import LocalStore
+from stepsave.store.places import Target, open_store
 from stepsave.threads import is_running
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
@@ -54,7 +52,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Target,
         *,
         double_checkpoint: bool = False,
         when_busy: WhenBusy = "wait",
@@ -66,14 +64,15 @@ class Checkpointer:
         """Opens a directory, making it if needed, and locks it against other processes.
 
         Args:
-            directory: Where the backup lives. Its own, but for `lost+found` and the like.
+            directory: Where the backup lives, alone but for `lost+found` and the like. Or
+                `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like.
             double_checkpoint: Whether to keep the backup before the newest valid too, to
                 fall back to if the newest cannot be read. Takes its size on disk once more.
             when_busy: What `save` does while both host buffers are still in use: `"wait"`
                 for one, or `"skip"` this save and count it.
             writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file
                 system; `"auto"` takes the first where the file system supports it.
-            writer_threads: Background threads that write; None for enough for a local disk.
+            writer_threads: Background threads that write; None for enough for a disk or a bucket.
             snapshot: `"device"` copies the state within device memory and brings it to the
                 host while training goes on; `"host"` brings it to the host first; `"auto"`
                 takes the first on accelerators with that much memory to spare, as measured
@@ -86,11 +85,12 @@ class Checkpointer:
             ValueError: If an argument is invalid.
             BackupDirectoryError: If the directory cannot be used, or holds something else.
             DirectoryBusyError: If it is in use.
+            BucketError: If a bucket refuses or does not answer.
         """
         check_choices(when_busy=when_busy, writer=writer, snapshot=snapshot)
-        lanes = DEFAULT_LANES if writer_threads is None else check_threads(writer_threads)
         self._when_busy = when_busy
-        self._store = LocalStore(check_directory(directory))
+        self._store = open_store(directory)
+        lanes = self._store.lanes if writer_threads is None else check_threads(writer_threads)
         self._log = SaveLog()
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
@@ -115,7 +115,7 @@ class Checkpointer:
 
     @property
     def directory(self) -> str:
-        """The backup directory, absolute."""
+        """The backup directory, absolute; or the URL."""
         return str(self._store.root)
 
     @property
@@ -144,7 +144,7 @@ class Checkpointer:
         self._capture.attach(items)
 
     def prepare(self, state: Any) -> None:
-        """Does ahead what the first save would have to do; in the background what takes long.
+        """Does ahead what the first save would do, in the background what takes long.
 
         Args:
             state: A state like those that will be saved; its values do not matter.
@@ -179,8 +179,8 @@ class Checkpointer:
         Raises:
             ValueError: If the step is not greater than those saved before.
             InvalidStateError: If the state or the metadata cannot be saved.
-            SaveFailedError: If an *earlier* save failed and nobody was told yet. This save
-                is then not begun; call again to go on.
+            SaveFailedError: If an *earlier* save failed and nobody was told yet. This one is then
+                not begun; call again to go on. `SaveFailedWarning` if a bucket was out of reach.
             BackupDirectoryError: If the directory was opened to be read only.
             CheckpointerClosedError: After `close`.
         """
@@ -210,7 +210,7 @@ class Checkpointer:
         began_s = time.perf_counter() if began_s is None else began_s
         self._check_usable()
         self._directory.check_writable()
-        self.raise_failed()
+        self._log.raise_failed(but_for_outages=True)
         step = check_step(step, self._last_step, self.directory)
         training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
@@ -298,9 +298,9 @@ class Checkpointer:
         self._settle()
         self._log.drain()
 
-    def raise_failed(self) -> None:
-        """Raises `SaveFailedError` if a save failed and nobody was told yet."""
-        self._log.raise_failed()
+    def raise_failed(self, *, but_for_outages: bool = False) -> None:
+        """Raises `SaveFailedError` if a save failed and nobody was told yet; see `SaveLog`."""
+        self._log.raise_failed(but_for_outages=but_for_outages)
 
     @property
     def in_flight(self) -> int:

@@ -31,19 +31,20 @@ from stepsave.engine.known_files import (
     without_junk,
 )
 from stepsave.engine.markers import Markers
+from stepsave.errors import BackupDirectoryError
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.marker import encode_marker
 from stepsave.format.records import BackupRecord, FileRecord, LayoutPlan
 from stepsave.snapshot.contents import Contents
 from stepsave.store.local import LocalStore
+from stepsave.store.lock import READ_ONLY_ADVICE
 
 __all__ = ("CommitProtocol",)
 
 _logger = logging.getLogger("stepsave")
 
-_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
-_CHANGING = (TRAINING_PATH, _CHECKPOINT_METADATA)
+_CHANGING = (TRAINING_PATH, orbax.METADATA_PATH)
 """The files that are written anew by each save, beside the shards."""
 
 
@@ -57,6 +58,7 @@ class CommitProtocol(Markers):
             BackupDirectoryError: If the directory holds something foreign.
         """
         super().__init__(store)
+        self._files = store
         self._double = double_checkpoint
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
         # What shards are known to hold, by directory: what this object has seen made durable.
@@ -64,6 +66,12 @@ class CommitProtocol(Markers):
         self._collected = False
         self._begin_ns = 0
         self.read_markers()
+        if self.claim is not None:
+            raise BackupDirectoryError(
+                f"{store.root}: expected a directory of stepsave's own, found a copy of a bucket, "
+                f"which can only be read. {READ_ONLY_ADVICE} To train on here, choose another "
+                "`backup_dir`. Nothing was changed."
+            )
         refuse_foreign(store, self._kept())
 
     def fall_back(self) -> None:
@@ -75,14 +83,19 @@ class CommitProtocol(Markers):
         super().fall_back()
         self._collected = False
 
-    def begin(self, blueprint: Blueprint) -> str:
+    def begin(self, blueprint: Blueprint, step: int) -> str:
         """Makes a directory ready to receive the shards of a new save; returns its name.
+
+        Args:
+            blueprint: What all backups of this layout have in common.
+            step: Of the save.
 
         Raises:
             CorruptBackupError: If a marker cannot be read, and so nobody knows which of
                 the directories is valid.
             OSError: If the file system refuses.
         """
+        del step  # the directory gets its name when it is complete
         if COMMIT in self.problems:
             raise self.problems[COMMIT]
         self._begin_ns = time.time_ns()
@@ -103,7 +116,11 @@ class CommitProtocol(Markers):
         by a save that did not fail: an old piece must never be taken for a new one.
         """
         known_plan, contents = self._written.pop(SPARE, (None, None))
-        return contents if known_plan is plan else None
+        if known_plan is not plan:
+            return None
+        shards = (f"{SPARE}/{orbax.shard_path(number)}" for number in range(plan.shard_count))
+        is_whole = all(self._files.size_bytes(shard) == plan.shard_bytes for shard in shards)
+        return contents if is_whole else None
 
     def seal(
         self,
@@ -123,13 +140,13 @@ class CommitProtocol(Markers):
             contents: What the shards hold, which are durable; None if that is not known.
         """
         metadata = orbax.checkpoint_metadata(blueprint.items, self._begin_ns, time.time_ns())
-        changing = {TRAINING_PATH: training, _CHECKPOINT_METADATA: metadata}
+        changing = {TRAINING_PATH: training, orbax.METADATA_PATH: metadata}
         for path, data in changing.items():
-            self._store.write(f"{SPARE}/{path}", data)
+            self._files.write(f"{SPARE}/{path}", data)
         # Without it a power cut can lose the entries of the files just written.
-        self._store.sync_directory(SPARE)
+        self._files.sync_directory(SPARE)
         directory = str(step)
-        self._store.rename(SPARE, directory)
+        self._files.rename(SPARE, directory)
         self._spare_of = frozenset()
         if contents is not None:
             self._written[directory] = blueprint.plan, contents
@@ -154,7 +171,7 @@ class CommitProtocol(Markers):
             # The new backup is committed all the same, so the save has not failed. What
             # could not be put away is unreferenced; the next `begin` tries again, and
             # fails if it cannot either.
-            _logger.warning("%s: could not retire an old backup: %s", self._store.root, e)
+            _logger.warning("%s: could not retire an old backup: %s", self._files.root, e)
             self._spare_of, self._collected = frozenset(), False
 
     def mark_ended(self) -> None:
@@ -186,7 +203,7 @@ class CommitProtocol(Markers):
         self._spare_of = frozenset()
         self._written.clear()
         self._collected = False
-        if self._store.exists(SPARE):
+        if self._files.exists(SPARE):
             self._remove_backup(SPARE)
 
     def delete_all(self) -> None:
@@ -195,11 +212,11 @@ class CommitProtocol(Markers):
             self._set_marker(name, None)
         self.committed = self.previous = None
         self.problems.clear()
-        for name in self._store.list():
+        for name in self._files.list():
             if name == SPARE or name.isdigit():
                 self._remove_backup(name)
         for name in TEMPORARY_NAMES:
-            self._store.remove(name)
+            self._files.remove(name)
         self._spare_of = frozenset()
         self._written.clear()
 
@@ -207,18 +224,18 @@ class CommitProtocol(Markers):
         if record is None:
             return
         written = self._written.pop(record.directory, None)
-        self._store.rename(record.directory, SPARE)
+        self._files.rename(record.directory, SPARE)
         self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
         if written is not None:
             self._written[SPARE] = written
 
     def _set_marker(self, name: str, record: BackupRecord | None) -> None:
         if record is not None:
-            self._store.replace(name, encode_marker(record))
+            self._files.replace(name, encode_marker(record))
             return
-        self._store.remove(name)
+        self._files.remove(name)
         # Without it the marker can come back after its backup was removed.
-        self._store.sync_directory()
+        self._files.sync_directory()
 
     def _collect(self) -> None:
         """Takes in what earlier runs left: unreferenced backups and temporary files."""
@@ -231,17 +248,17 @@ class CommitProtocol(Markers):
                 self._set_marker(name, record)
                 self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
-            self._store.remove(name)
+            self._files.remove(name)
         kept = self._kept()
-        for name in self._store.list():
+        for name in self._files.list():
             if name.isdigit() and name not in kept:
-                _logger.debug("%s: taking in unreferenced backup %s", self._store.root, name)
+                _logger.debug("%s: taking in unreferenced backup %s", self._files.root, name)
                 self._remove_backup(SPARE)  # and forget what it held
-                if self._store.exists(SPARE):  # with what is not ours in it
+                if self._files.exists(SPARE):  # with what is not ours in it
                     self._remove_backup(name)
                     continue
                 # Renamed first: a half-removed directory must not look like a backup.
-                self._store.rename(name, SPARE)
+                self._files.rename(name, SPARE)
         self._collected = True
 
     def _kept(self) -> set[str]:
@@ -249,39 +266,39 @@ class CommitProtocol(Markers):
         return {record.directory for record in (self.committed, self.previous) if record}
 
     def _make_spare(self, blueprint: Blueprint) -> None:
-        self._store.make_directory(SPARE)
+        self._files.make_directory(SPARE)
         for path in (f"{orbax.ARENA_PATH}/c", *map(os.path.dirname, blueprint.files)):
-            self._store.make_directory(f"{SPARE}/{path}")
+            self._files.make_directory(f"{SPARE}/{path}")
         for path, data in blueprint.files.items():
-            self._store.write(f"{SPARE}/{path}", data)
+            self._files.write(f"{SPARE}/{path}", data)
         # Without these a power cut can lose directories whose files are durable.
-        self._store.sync_tree(SPARE)
-        self._store.sync_directory()
+        self._files.sync_tree(SPARE)
+        self._files.sync_directory()
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
         """Whether `spare` has these constant files, and none that no such backup has."""
         for path, data in blueprint.files.items():
             name = f"{SPARE}/{path}"
-            if self._store.size_bytes(name) != len(data):
+            if self._files.size_bytes(name) != len(data):
                 return False
-            if self._store.read(name, len(data)) != data:
+            if self._files.read(name, len(data)) != data:
                 return False
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
         expected = {*blueprint.files, *_CHANGING, *shards}
-        return set(without_junk(self._store.walk(SPARE))) <= expected
+        return set(without_junk(self._files.walk(SPARE))) <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
         self._written.pop(name, None)
         if name == SPARE:
             self._spare_of = frozenset()
-        if not self._store.exists(name):
+        if not self._files.exists(name):
             return
-        left = remove_known(self._store, name)
+        left = remove_known(self._files, name)
         if left:
             _logger.warning(
                 "%s: kept %d file(s) that stepsave did not write, %s among them.",
-                self._store.path(name),
+                self._files.path(name),
                 len(left),
                 left[0],
             )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.reader import StoredBackup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError, DirectoryBusyError
 from stepsave.format.records import BackupRecord
-from stepsave.store.local import LocalStore
-from stepsave.store.lock import DirectoryLock
+from stepsave.store.bucket import BucketStore
+from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("BackupDirectory",)
@@ -18,12 +19,12 @@ __all__ = ("BackupDirectory",)
 class BackupDirectory:
     """What a checkpointer has of its directory. For the keeper's thread, but for properties."""
 
-    def __init__(self, store: LocalStore, log: SaveLog, helpers: Crew) -> None:
+    def __init__(self, store: Store, log: SaveLog, helpers: Crew) -> None:
         """Touches nothing yet."""
         self._store = store
         self._log = log
         self._helpers = helpers
-        self._lock = DirectoryLock(store.root)
+        self._lock = store.make_hold()
 
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Makes the directory if needed, locks it, and sees what is in it.
@@ -39,13 +40,7 @@ class BackupDirectory:
         store.create()
         self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
-        try:
-            self._protocol = CommitProtocol(store, double_checkpoint=double_checkpoint)
-        except PermissionError as e:
-            raise BackupDirectoryError(
-                f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "
-                "choose another."
-            ) from e
+        self._protocol = _make_protocol(store, double_checkpoint=double_checkpoint)
         self._lock.acquire()
         self._protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
@@ -114,3 +109,15 @@ class BackupDirectory:
         self._lock.release(remove=remove)
         if remove:
             self._store.remove_empty_root()
+
+
+def _make_protocol(store: Store, *, double_checkpoint: bool) -> CommitProtocol | BucketCommit:
+    if isinstance(store, BucketStore):
+        return BucketCommit(store, double_checkpoint=double_checkpoint)
+    try:
+        return CommitProtocol(store, double_checkpoint=double_checkpoint)
+    except PermissionError as e:
+        raise BackupDirectoryError(
+            f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "
+            "choose another."
+        ) from e

@@ -9,7 +9,7 @@ from stepsave.engine.reader import StoredBackup, restore_newest
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError
 from stepsave.format.records import BackupRecord
-from stepsave.store.local import LocalStore
+from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("ReadOnlyDirectory",)
@@ -27,7 +27,7 @@ class ReadOnlyDirectory:
 
     writer_name = ""
 
-    def __init__(self, store: LocalStore, helpers: Crew) -> None:
+    def __init__(self, store: Store, helpers: Crew) -> None:
         """Touches nothing yet."""
         self._store = store
         self._helpers = helpers

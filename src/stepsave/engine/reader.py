@@ -12,6 +12,7 @@ from stepsave.engine.known_files import COMMIT, TRAINING_PATH
 from stepsave.engine.markers import Markers
 from stepsave.errors import (
     ArenaMemoryError,
+    BucketError,
     CorruptBackupError,
     FormatVersionError,
     StepsaveError,
@@ -24,7 +25,7 @@ from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import pages_for
 from stepsave.snapshot.arrays import SavedArray, ScatteredArray
 from stepsave.snapshot.pages import Bytes, Pages
-from stepsave.store.local import LocalStore
+from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("StoredBackup", "read_backup", "restore_newest")
@@ -63,7 +64,7 @@ class StoredBackup:
 
 
 def restore_newest(
-    store: LocalStore, markers: Markers, helpers: Crew
+    store: Store, markers: Markers, helpers: Crew
 ) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
@@ -82,6 +83,8 @@ def restore_newest(
     if newest is not None:
         try:
             return read_backup(store, newest, helpers), ""
+        except BucketError:
+            raise  # it is not lost, but out of reach
         except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
             error = e
     backup = None
@@ -106,7 +109,7 @@ def restore_newest(
     )
 
 
-def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
+def _as_corrupt(store: Store, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
     found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
@@ -115,7 +118,7 @@ def _as_corrupt(store: LocalStore, error: Exception) -> Exception:
     return wrapped
 
 
-def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> StoredBackup:
+def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
     All of it is read into memory that is an arena's afterwards, so that none is touched for the
@@ -126,7 +129,7 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Store
         CorruptBackupError: If anything is missing, truncated or altered, naming the file.
         OSError: If the file system fails.
     """
-    files = {file.path: _read_proved(store, record, file.path) for file in record.files}
+    files = _read_files(store, record, helpers)
     for path in (orbax.LAYOUT_PATH, TRAINING_PATH):
         if path not in files:
             raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
@@ -137,15 +140,15 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Store
             f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
             f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {_ADVICE}"
         )
-    for number in range(plan.shard_count):
-        _check_size(store, record, orbax.shard_path(number), plan.shard_bytes)
+    shards = [f"{record.directory}/{orbax.shard_path(n)}" for n in range(plan.shard_count)]
+    _check_sizes(store, dict.fromkeys(shards, plan.shard_bytes))
 
     pages = _make_pages(store, plan)
     memory = pages.lend()
     helpers.share(
         range(plan.shard_count),
         lambda number: _read_shard(store, record, plan, number, memory),
-        helpers=_READ_THREADS - 1,
+        helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
     leaves = _view_leaves(plan, memory)
     paths = [leaf.path for leaf in plan.leaves]
@@ -164,7 +167,7 @@ def read_backup(store: LocalStore, record: BackupRecord, helpers: Crew) -> Store
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
 
 
-def _make_pages(store: LocalStore, plan: LayoutPlan) -> Pages:
+def _make_pages(store: Store, plan: LayoutPlan) -> Pages:
     try:
         return pages_for(plan)
     except (OSError, MemoryError) as e:
@@ -174,31 +177,37 @@ def _make_pages(store: LocalStore, plan: LayoutPlan) -> Pages:
         ) from e
 
 
-def _read_proved(store: LocalStore, record: BackupRecord, path: str) -> bytes:
-    expected = next(file for file in record.files if file.path == path)
-    _check_size(store, record, path, expected.size_bytes)
-    data = store.read(f"{record.directory}/{path}", expected.size_bytes)
-    found = crc32c(data)
-    if found != expected.crc32c:
-        raise CorruptBackupError(
-            f"{store.path(record.directory)}/{path}: expected CRC-32C {expected.crc32c:08x}, "
-            f"found {found:08x}. {_ADVICE}"
-        )
-    return data
+def _read_files(store: Store, record: BackupRecord, helpers: Crew) -> dict[str, bytes]:
+    """Reads every file that is proved as a whole, by its path in the backup."""
+    below = {file.path: f"{record.directory}/{file.path}" for file in record.files}
+    _check_sizes(store, {below[file.path]: file.size_bytes for file in record.files})
+    contents: dict[str, bytes] = {}
+
+    def read(number: int) -> None:
+        file = record.files[number]
+        data = store.read(below[file.path], file.size_bytes)
+        found = crc32c(data)
+        if found != file.crc32c:
+            raise CorruptBackupError(
+                f"{store.path(below[file.path])}: expected CRC-32C {file.crc32c:08x}, "
+                f"found {found:08x}. {_ADVICE}"
+            )
+        contents[file.path] = data
+
+    count = len(record.files)
+    helpers.share(range(count), read, helpers=min(store.lanes, count) - 1 if store.is_remote else 0)
+    return contents
 
 
-def _check_size(store: LocalStore, record: BackupRecord, path: str, expected: int) -> None:
-    found = store.size_bytes(f"{record.directory}/{path}")
-    if found != expected:
-        what = "no such file" if found is None else f"{found} bytes"
-        raise CorruptBackupError(
-            f"{store.path(record.directory)}/{path}: expected {expected} bytes, found {what}. "
-            f"{_ADVICE}"
-        )
+def _check_sizes(store: Store, sizes: dict[str, int]) -> None:
+    try:
+        store.check_sizes(sizes)
+    except CorruptBackupError as e:
+        raise CorruptBackupError(f"{e} {_ADVICE}") from e
 
 
 def _read_shard(
-    store: LocalStore, record: BackupRecord, plan: LayoutPlan, number: int, arena: Bytes
+    store: Store, record: BackupRecord, plan: LayoutPlan, number: int, arena: Bytes
 ) -> None:
     """Reads a shard to its place in an arena, and verifies it there."""
     path = f"{record.directory}/{orbax.shard_path(number)}"

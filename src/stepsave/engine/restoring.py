@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.format.records import Backup
+from stepsave.store.places import Target
 
 __all__ = ("restore",)
 
 
-def restore(directory: str | os.PathLike[str], *, like: Any = None) -> Backup | None:
+def restore(directory: Target, *, like: Any = None) -> Backup | None:
     """Reads the newest valid backup in a directory, which may be in use, and changes nothing.
 
     Args:
-        directory: Where it is. No permission to write there is needed.
+        directory: Where it is, or in which bucket, as in `Checkpointer`. No permission to write
+            there is needed.
         like: As in `Checkpointer.restore`.
 
     Returns:

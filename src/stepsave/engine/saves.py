@@ -6,9 +6,10 @@ import collections
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Iterable
 
-from stepsave.errors import SaveFailedError
+from stepsave.errors import BucketError, SaveFailedError, SaveFailedWarning
 from stepsave.format.records import SaveStats
 from stepsave.snapshot.arena import Claim
 from stepsave.threads import Latch
@@ -101,6 +102,15 @@ class SaveHandle:
             self._is_told = True
             raise
 
+    def tell_error(self) -> None:
+        """Raises `SaveFailedError` if the save failed; warns if a bucket was out of reach."""
+        if not isinstance(self._error, BucketError):
+            self.raise_error()
+            return
+        text = f"stepsave: the save of step {self.step} is lost, and training goes on. The backup "
+        warnings.warn(f"{text}before it is still valid. {self._error}", SaveFailedWarning, 5)
+        self._is_told = True  # after it: a filter may have made an error of it
+
     def failure(self) -> SaveFailedError:
         """The error to raise for a failed save, to be chained to its cause."""
         return SaveFailedError(
@@ -179,12 +189,18 @@ class SaveLog:
                     f"The save of step {handle.step} has not ended after {timeout_s} s."
                 )
 
-    def raise_failed(self) -> None:
-        """Raises `SaveFailedError` if a save failed and the user was not told yet."""
+    def raise_failed(self, *, but_for_outages: bool = False) -> None:
+        """Raises `SaveFailedError` if a save failed and the user was not told yet.
+
+        Args:
+            but_for_outages: Whether to warn only, if a bucket was out of reach.
+        """
         if self._open:
             self._open = [handle for handle in self._open if not handle.is_settled]
         for handle in self._open:
-            if handle.done:
+            if handle.done and but_for_outages:
+                handle.tell_error()
+            elif handle.done:
                 handle.raise_error()
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:

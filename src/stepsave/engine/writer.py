@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.errors import BackupDirectoryError
@@ -25,17 +26,16 @@ from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
 from stepsave.snapshot.contents import Contents
+from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import READ_ONLY_ADVICE
+from stepsave.store.places import Store
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Crew
 
-__all__ = ("DEFAULT_LANES", "SaveRequest", "Writer", "WriterKind", "choose_direct", "start_threads")
+__all__ = ("SaveRequest", "Writer", "WriterKind", "choose_direct", "start_threads")
 
 WriterKind = Literal["auto", "direct", "tensorstore"]
-
-DEFAULT_LANES = 3
-"""Threads that write one save. They mostly sleep in the kernel: enough to keep a disk busy."""
 
 ShardWriter = Callable[[int, Snapshot, "Contents | None"], int]
 """Writes what has changed in shard `number` of a snapshot durably, as it is being filled.
@@ -65,8 +65,8 @@ class Writer:
 
     def __init__(
         self,
-        store: LocalStore,
-        protocol: CommitProtocol,
+        store: Store,
+        protocol: CommitProtocol | BucketCommit,
         log: SaveLog,
         helpers: Crew,
         *,
@@ -99,7 +99,7 @@ class Writer:
         snapshot, handle = request.snapshot, request.handle
         blueprint = snapshot.blueprint
         try:
-            directory = self._protocol.begin(blueprint)
+            directory = self._protocol.begin(blueprint, handle.step)
             known = self._protocol.take_written(blueprint.plan)
             write = self._open_shards(directory, blueprint.plan)
             digests, written_bytes = self._write_shards(write, snapshot, known)
@@ -137,19 +137,21 @@ class Writer:
 
     def _open_shards(self, directory: str, plan: LayoutPlan) -> ShardWriter:
         """Returns the function that writes the shards of a plan into a directory."""
-        shards = None if self._direct else ShardArray(self._store, directory, plan)
+        store = self._store
+        if self._direct and isinstance(store, LocalStore):
+            shards = store
+        else:
+            shards = ShardArray(store, directory, plan)
 
         def write_changed(number: int, snapshot: Snapshot, known: Contents | None) -> int:
-            path = f"{directory}/{orbax.shard_path(number)}"
-            if self._store.size_bytes(path) != plan.shard_bytes:
-                known = None  # made anew
             data = snapshot.arena.shard(number)
             ranges = snapshot.filling.ranges(number, known)
             first = next(ranges, None)
             if first is None:
                 return 0
-            if shards is None:
-                return self._store.write_direct(path, data.data, itertools.chain((first,), ranges))
+            if isinstance(shards, LocalStore):
+                path = f"{directory}/{orbax.shard_path(number)}"
+                return shards.write_direct(path, data.data, itertools.chain((first,), ranges))
             collections.deque(ranges, maxlen=0)  # until all is there
             shards.write(number, data)
             return plan.shard_bytes
@@ -172,8 +174,15 @@ def start_threads(directory: str, lanes: int) -> tuple[Crew, Crew]:
         ) from e
 
 
-def choose_direct(store: LocalStore, writer: WriterKind) -> bool:
+def choose_direct(store: Store, writer: WriterKind) -> bool:
     """Returns whether to write with `O_DIRECT`, as asked for or as the file system lets it."""
+    if isinstance(store, BucketStore):
+        if writer == "direct":
+            raise BackupDirectoryError(
+                f"{store.root}: direct writes (O_DIRECT) are for directories, this is a bucket. "
+                "Use writer='auto' or 'tensorstore'."
+            )
+        return False  # what may be written there, opening it has found out
     try:
         if writer == "tensorstore":
             store.probe()

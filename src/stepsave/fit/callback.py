@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import threading
 import time
 import warnings
@@ -22,7 +21,7 @@ from stepsave.fit.copies import FreshCopies
 from stepsave.fit.keras_internals import RunningFit, is_in_fit
 from stepsave.fit.keras_names import KerasFiles
 from stepsave.fit.loop import FitLoop, forget_interrupted
-from stepsave.fit.open_directories import take_directory
+from stepsave.fit.open_directories import close_directory, take_directory
 from stepsave.fit.passing_over import tell
 from stepsave.fit.phases import Phases
 from stepsave.fit.preemption import PreemptionSignals, check_signals
@@ -32,6 +31,7 @@ from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit
 from stepsave.format.records import BackupRecord, SaveStats
 from stepsave.position import TrainingPosition
 from stepsave.snapshot.staging import SnapshotMode
+from stepsave.store.places import Target, name_of
 
 __all__ = ("BackupAndRestore",)
 
@@ -67,7 +67,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def __init__(
         self,
-        backup_dir: str | os.PathLike[str],
+        backup_dir: Target,
         save_freq: str | int = "epoch",
         delete_checkpoint: bool = True,
         *,
@@ -85,7 +85,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         """Makes the callback; the directory is opened when `fit` begins.
 
         Args:
-            backup_dir: Directory for the backup, its own: nothing else may be in it.
+            backup_dir: Directory for the backup, its own: nothing else may be in it. Or a bucket:
+                `s3://bucket/prefix`, `gs://bucket/prefix`; see `Checkpointer`.
             save_freq: `"epoch"` to save when an epoch ends, or a number of batches. Batches
                 are counted exactly, across epochs and with `steps_per_execution`. `False`,
                 with `save_before_preemption`, to save only then.
@@ -115,7 +116,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         super().__init__()
         if not backup_dir:
             raise ValueError("Empty `backup_dir` argument passed")
-        self.backup_dir = os.fspath(backup_dir)
+        self._target, self.backup_dir = backup_dir, name_of(backup_dir)
         self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
@@ -213,11 +214,9 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._last_records = (saver.committed, saver.previous)
         keeps = self._start is not None and self._start.keeps_backup
         try:
-            saver.close(delete_backup=self.delete_checkpoint and not keeps, ended=not keeps)
+            close_directory(saver, self._close_at_exit, deletes=self.delete_checkpoint, keeps=keeps)
         finally:
             self._last_stats = saver.stats()
-            if saver.closed and self._close_at_exit is not None:
-                self._close_at_exit.detach()
         self._saver = None
         if self._phases is not None:
             self._phases.end()
@@ -253,7 +252,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
     def at_cut(self, batches_done: int) -> None:
         """Called when so many batches of the epoch are done, and all callbacks know."""
         assert self._saver is not None
-        self._saver.raise_failed()
+        self._saver.raise_failed(but_for_outages=True)
         self._last_batch_seen = batches_done - 1
         progress = self._progress
         progress.advance(batches_done)
@@ -275,7 +274,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             return
         self._batch_begun = batch
         if self._saver is not None:
-            self._saver.raise_failed()
+            self._saver.raise_failed(but_for_outages=True)
         if batch > self._progress.batches_done:
             self._last_batch_seen = batch - 1
             self._advance_and_save(batch)
@@ -384,7 +383,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         if self._saver is None or self._saver.closed:  # or `fit` raised the last time
             self._saver, self._close_at_exit = take_directory(
                 self,
-                self.backup_dir,
+                self._target,
                 double_checkpoint=self.double_checkpoint,
                 when_busy=self.when_busy,
                 snapshot=self.snapshot,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 import weakref
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.errors import BucketError, SaveFailedWarning
+from stepsave.store.places import Target, open_store
 
-__all__ = ("take_directory",)
+__all__ = ("close_directory", "take_directory")
 
 # What callbacks have open, by directory. A notebook that was interrupted and makes a new
 # callback for the same directory must not be refused because of the old one.
@@ -16,7 +18,7 @@ _savers: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDicti
 
 
 def take_directory(
-    callback: Any, directory: str, **options: Any
+    callback: Any, directory: Target, **options: Any
 ) -> tuple[Checkpointer, weakref.finalize[Any, Any]]:
     """Opens a directory for a callback, and closes what another callback has open there.
 
@@ -32,9 +34,40 @@ def take_directory(
     Raises:
         BackupDirectoryError: If it cannot be used, or another process uses it.
     """
-    key = os.path.realpath(directory)
+    key = str(open_store(directory).root)
     other = _savers.get(key)
     if other is not None:
         other.close()  # of a fit that was interrupted, or it would have closed it itself
     saver = _savers[key] = Checkpointer(directory, **options)
     return saver, weakref.finalize(callback, saver.close)
+
+
+def close_directory(
+    saver: Checkpointer, at_exit: weakref.finalize[Any, Any] | None, *, deletes: bool, keeps: bool
+) -> None:
+    """Lets go of a directory at the end of a `fit`.
+
+    Args:
+        saver: What `take_directory` returned.
+        at_exit: What closes it otherwise.
+        deletes: Whether to remove the backup.
+        keeps: Whether there is more to train by it: it is kept all the same, and not said to be the
+            last of its training.
+
+    Raises:
+        SaveFailedError: If a save failed; the backup is then kept.
+    """
+    saver.drain()
+    try:
+        saver.raise_failed(but_for_outages=True)
+        saver.close(delete_backup=deletes and not keeps, ended=not keeps)
+    except BucketError as e:
+        warnings.warn(
+            "stepsave: the training has ended, but its backup could not be removed, or marked so: "
+            f"a run of the same script would go on from it. {e}",
+            SaveFailedWarning,
+            stacklevel=4,
+        )
+    finally:
+        if saver.closed and at_exit is not None:
+            at_exit.detach()

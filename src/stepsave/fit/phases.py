@@ -54,11 +54,13 @@ class Phases:
         """To be made when `fit` begins, before anything is restored.
 
         Args:
-            directory: The backup directory.
+            directory: The backup directory, or its URL.
             model: The compiled model; it may not be built yet.
         """
         self._model = model
-        self._ended = _ended.setdefault(os.path.realpath(directory), [])
+        name = os.fspath(directory)
+        place = name if "://" in name else os.path.realpath(name)
+        self._ended = _ended.setdefault(place, [])
         self._before = _once([phase for phase, _ in self._ended])
         self._before_of_model = [phase for phase, one in self._ended if one() is model]
         self._trained: int | None = None

@@ -7,29 +7,101 @@ A marker is one line, which proves the JSON after it by length and CRC-32C:
 
 It is trusted by content only, never by existence: after a power cut ext4 can show a file
 that was renamed into place, but empty.
+
+In a bucket, where nothing can be renamed and only one object be replaced conditionally, one marker
+says all: who may save, the newest backup and the one before it. That is version 2.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, cast
 
 from stepsave.errors import CorruptBackupError, FormatVersionError
 from stepsave.format.checksum import crc32c
-from stepsave.format.records import FORMAT_VERSION, BackupRecord, FileRecord
+from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 
-__all__ = ("MARKER_LIMIT_BYTES", "decode_marker", "encode_marker")
+__all__ = (
+    "MARKER_LIMIT_BYTES",
+    "RUN_NAME",
+    "decode_marker",
+    "encode_claim",
+    "encode_marker",
+)
 
 MARKER_LIMIT_BYTES = 64 << 20
 """Far beyond any real marker; bounds what a hostile one can make a reader allocate."""
 
+RUN_NAME = r"2\d{7}T\d{6}Z-[0-9a-f]{16}"
+"""Of folders in a bucket, as a regular expression: when, in UTC, and a random number."""
+
 _MAGIC = "stepsave-commit"
+_OF_DIRECTORY, _OF_BUCKET = 1, 2
+_ADVICE = (
+    "Nothing was deleted. Restore the file from a copy, or move the backup directory away "
+    "to start afresh."
+)
 
 
 def encode_marker(record: BackupRecord) -> bytes:
-    """Encodes a marker: a line that proves the JSON after it."""
+    """Encodes a marker of a directory: a line that proves the JSON after it."""
+    return _prove(_OF_DIRECTORY, _document_of(record))
+
+
+def encode_claim(claim: Claim) -> bytes:
+    """Encodes the marker of a bucket."""
+    owner, records = claim.owner, (claim.committed, claim.previous)
+    backups = [_document_of(record) for record in records if record is not None]
+    person = {"run": owner.run, "host": owner.host, "pid": owner.pid}
+    return _prove(_OF_BUCKET, {"owner": person, "backups": backups})
+
+
+def decode_marker(encoded: bytes, source: str) -> BackupRecord | Claim:
+    """Decodes a marker, trusting nothing but what its checksum proves.
+
+    Returns:
+        A record, or of a bucket's marker a claim.
+
+    Raises:
+        FormatVersionError: If a newer stepsave wrote it.
+        CorruptBackupError: If it does not prove itself.
+    """
+    line, _, body = encoded.partition(b"\n")
+    words = line.decode("ascii", errors="replace").split()
+    if len(words) != 4 or words[0] != _MAGIC:
+        found = f"{len(encoded)} bytes that start with {encoded[:20]!r}"
+        raise CorruptBackupError(f"{source}: expected a commit marker, found {found}. {_ADVICE}")
+    if words[1] not in (str(_OF_DIRECTORY), str(_OF_BUCKET)):
+        raise FormatVersionError(
+            f"{source}: written in format {words[1]}, but this stepsave reads markers up to format "
+            f"{_OF_BUCKET}. Install a newer stepsave to restore this backup."
+        )
+    if words[3] != str(len(body)):
+        raise CorruptBackupError(
+            f"{source}: expected {words[3]} bytes after the first line, found {len(body)}. "
+            f"{_ADVICE}"
+        )
+    if words[2] != f"{crc32c(body):08x}":
+        raise CorruptBackupError(
+            f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}. {_ADVICE}"
+        )
+    try:
+        document = json.loads(body)
+        if words[1] == str(_OF_BUCKET):
+            return _claim_of(document)
+        return _record_of(document, r"\d+")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {_ADVICE}") from e
+
+
+def _prove(version: int, document: dict[str, Any]) -> bytes:
+    body = json.dumps({"format": version, **document}, separators=(",", ":")).encode()
+    return f"{_MAGIC} {version} {crc32c(body):08x} {len(body)}\n".encode() + body
+
+
+def _document_of(record: BackupRecord) -> dict[str, Any]:
     document = {
-        "format": FORMAT_VERSION,
         "step": record.step,
         "directory": record.directory,
         "nonce": record.nonce,
@@ -39,46 +111,20 @@ def encode_marker(record: BackupRecord) -> bytes:
     }
     if record.ended:
         document["ended"] = True
-    body = json.dumps(document, separators=(",", ":")).encode()
-    return f"{_MAGIC} {FORMAT_VERSION} {crc32c(body):08x} {len(body)}\n".encode() + body
+    return document
 
 
-def decode_marker(encoded: bytes, source: str) -> BackupRecord:
-    """Decodes a marker, trusting nothing but what its checksum proves.
-
-    Raises:
-        FormatVersionError: If a newer stepsave wrote it.
-        CorruptBackupError: If it does not prove itself.
-    """
-    advice = (
-        "Nothing was deleted. Restore the file from a copy, or move the backup directory away "
-        "to start afresh."
-    )
-    line, _, body = encoded.partition(b"\n")
-    words = line.decode("ascii", errors="replace").split()
-    if len(words) != 4 or words[0] != _MAGIC:
-        found = f"{len(encoded)} bytes that start with {encoded[:20]!r}"
-        raise CorruptBackupError(f"{source}: expected a commit marker, found {found}. {advice}")
-    if words[1] != str(FORMAT_VERSION):
-        raise FormatVersionError(
-            f"{source}: written in format {words[1]}, but this stepsave reads format "
-            f"{FORMAT_VERSION}. Install a newer stepsave to restore this backup."
-        )
-    if words[3] != str(len(body)):
-        raise CorruptBackupError(
-            f"{source}: expected {words[3]} bytes after the first line, found {len(body)}. {advice}"
-        )
-    if words[2] != f"{crc32c(body):08x}":
-        raise CorruptBackupError(
-            f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}. {advice}"
-        )
-    try:
-        return _record_of(json.loads(body))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {advice}") from e
+def _claim_of(document: dict[str, Any]) -> Claim:
+    owner = document["owner"]
+    backups = [_record_of(backup, rf"{RUN_NAME}/\d+") for backup in document["backups"]]
+    if len(backups) > 2:
+        raise ValueError(f"{len(backups)} backups, where at most two are kept")
+    committed, previous = (*backups, None, None)[:2]
+    of_run = Owner(str(owner["run"]), str(owner["host"]), int(owner["pid"]))
+    return Claim(of_run, committed, previous)
 
 
-def _record_of(document: dict[str, Any]) -> BackupRecord:
+def _record_of(document: dict[str, Any], directory_form: str) -> BackupRecord:
     files = cast("list[tuple[str, int, int]]", document["files"])
     record = BackupRecord(
         step=int(document["step"]),
@@ -89,7 +135,8 @@ def _record_of(document: dict[str, Any]) -> BackupRecord:
         shard_digests=tuple(int(digest) for digest in document["shard_digests"]),
         ended=document.get("ended", False) is True,
     )
-    if not record.directory.isdecimal() or record.directory != str(record.step):
+    is_of_step = record.directory.rpartition("/")[2] == str(record.step)
+    if not is_of_step or not re.fullmatch(directory_form, record.directory, re.ASCII):
         raise ValueError(f"directory {record.directory!r} is not that of step {record.step}")
     for file in record.files:
         parts = file.path.split("/")

@@ -24,6 +24,8 @@ __all__ = (
     "INDEX_PATH",
     "LAYOUT_PATH",
     "MANIFEST_PATH",
+    "METADATA_PATH",
+    "SUCCESS_PATH",
     "checkpoint_metadata",
     "constant_files",
     "json_item",
@@ -34,6 +36,8 @@ LAYOUT_PATH = "layout.json"
 MANIFEST_PATH = "pytree/manifest.ocdbt"
 ARENA_PATH = "pytree/d"
 INDEX_PATH = "pytree/d/index"
+METADATA_PATH = "_CHECKPOINT_METADATA"
+SUCCESS_PATH = "commit_success.txt"
 COMMIT_SUCCESS = b"Checkpoint commit was successful\n"
 
 _DATABASE = "pytree"
@@ -65,7 +69,7 @@ def constant_files(plan: LayoutPlan, device: str | None = None) -> dict[str, byt
         f"{_DATABASE}/_sharding": _dump(_shardings(plan, device)),
         f"{_DATABASE}/array_metadatas/process_0": _dump(_array_metadatas(plan)),
         f"{_DATABASE}/commit_success.txt": COMMIT_SUCCESS,
-        "commit_success.txt": COMMIT_SUCCESS,
+        SUCCESS_PATH: COMMIT_SUCCESS,
     }
 
 

@@ -174,6 +174,36 @@ class BackupRecord:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Owner:
+    """Who may save in a bucket.
+
+    Attributes:
+        run: Its name, unlike any other's; what it writes lies in folders that begin with it.
+        host: The machine.
+        pid: The process.
+    """
+
+    run: str
+    host: str
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Claim:
+    """What the marker in a bucket says: who may save there, and which backups are valid.
+
+    Attributes:
+        owner: Whoever wrote it. Somebody else who replaces it may save from then on.
+        committed: The newest valid backup, None if there is none yet.
+        previous: The backup before it, if it is kept.
+    """
+
+    owner: Owner
+    committed: BackupRecord | None
+    previous: BackupRecord | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Backup:
     """A restored backup.
 

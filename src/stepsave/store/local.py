@@ -8,28 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
+from stepsave.store.direct import BLOCK_BYTES, fill, overwrite
+from stepsave.store.lock import DirectoryLock
 
 __all__ = ("LocalStore",)
 
 TEMPORARY_SUFFIX = ".tmp"
-_BLOCK_BYTES = 4096
 PROBE_NAME = ".stepsave-probe"
 
 
 class LocalStore:
-    """Files below one directory. Paths are relative to it and use `/`."""
+    """Files below one directory. Paths are relative to it and use `/`.
+
+    Attributes:
+        root: The directory.
+        is_remote: False: one call after the other is as fast as many at once.
+        lanes: Threads that write one save. They mostly sleep in the kernel: enough to keep a disk
+            busy.
+    """
+
+    is_remote = False
+    keeps_data = False
+    lanes = 3
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         # Resolved once: a later change of the working directory must not move the backup.
         self.root = Path(os.path.realpath(root))
+
+    def make_hold(self) -> DirectoryLock:
+        """Returns what keeps all others away."""
+        return DirectoryLock(self.root)
 
     def create(self) -> None:
         """Makes the directory with its parents, durably.
@@ -138,23 +154,12 @@ class LocalStore:
                 raise CorruptBackupError(
                     f"{self.root / path}: expected {len(buffer)} bytes, found {size_bytes}."
                 )
-            done = _read_cached(fd, buffer)
-            is_direct = size_bytes % _BLOCK_BYTES == 0 and _set_direct(fd)
-            while done < len(buffer):
-                try:
-                    got = os.preadv(fd, [buffer[done:]], done)
-                except OSError as e:
-                    if not is_direct or e.errno != errno.EINVAL:
-                        raise
-                    # Some file systems take the flag and refuse the read, or part of it.
-                    is_direct = _set_direct(fd, wanted=False)
-                    continue
-                if got == 0:
-                    raise CorruptBackupError(
-                        f"{self.root / path}: expected {len(buffer)} bytes, but it ended "
-                        f"after {done} while being read."
-                    )
-                done += got
+            done = fill(fd, buffer)
+            if done < size_bytes:
+                raise CorruptBackupError(
+                    f"{self.root / path}: expected {len(buffer)} bytes, but it ended "
+                    f"after {done} while being read."
+                )
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file and syncs its contents; its directory entry is not synced."""
@@ -242,6 +247,37 @@ class LocalStore:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Makes sure that regular files are there and have these sizes.
+
+        Raises:
+            CorruptBackupError: Naming one that has not.
+        """
+        for path, expected in sizes.items():
+            found = self.size_bytes(path)
+            if found != expected:
+                what = "no such file" if found is None else f"{found} bytes"
+                raise CorruptBackupError(
+                    f"{self.root / path}: expected {expected} bytes, found {what}."
+                )
+
+    def kvstore(self, directory: str) -> dict[str, Any]:
+        """Returns the spec of a key-value store of tensorstore in a directory."""
+        return {
+            "driver": "file",
+            "path": f"{self.root / directory}/",
+            "file_io_sync": True,
+            # The directory is locked and not yet valid: no reader, no second writer.
+            "file_io_locking": {"mode": "none"},
+        }
+
+    context = None  # of tensorstore: nothing is shared
+
+    def wait(self, future: Any, what: str, size_bytes: int) -> Any:
+        """Returns what a future of tensorstore comes to; the kernel ends what cannot go on."""
+        del what, size_bytes
+        return future.result()
+
     def probe(self) -> None:
         """Writes a file and removes it.
 
@@ -261,7 +297,7 @@ class LocalStore:
         """
         if not hasattr(os, "O_DIRECT"):
             return False
-        block = mmap.mmap(-1, _BLOCK_BYTES)
+        block = mmap.mmap(-1, BLOCK_BYTES)
         try:
             self.write_direct(PROBE_NAME, memoryview(block))
         except OSError as e:
@@ -295,22 +331,9 @@ class LocalStore:
         flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.root / path, flags, 0o666)
         try:
-            if os.fstat(fd).st_size != len(data):
-                os.ftruncate(fd, 0)
-                # Reserves the space, so that a full disk is found before bytes are written.
-                os.posix_fallocate(fd, 0, len(data))
-            written_bytes = 0
-            for begin, end in ranges or ((0, len(data)),):
-                first_block = done = begin // _BLOCK_BYTES * _BLOCK_BYTES
-                end_block = -(-end // _BLOCK_BYTES) * _BLOCK_BYTES
-                while done < end_block:
-                    done += os.pwrite(fd, data[done:end_block], done)
-                written_bytes += done - first_block
-            # Without it the drive's cache, and a new file's extents, can be lost.
-            os.fdatasync(fd)
+            return overwrite(fd, data, ranges or ((0, len(data)),))
         finally:
             os.close(fd)
-        return written_bytes
 
     @contextlib.contextmanager
     def _open_regular(self, path: str):  # noqa: ANN202
@@ -336,35 +359,6 @@ class LocalStore:
             raise
         finally:
             os.close(fd)
-
-
-def _read_cached(fd: int, buffer: memoryview) -> int:
-    """Reads whole blocks from the head of a file, as far as they are in the page cache.
-
-    Returns:
-        How many bytes that were.
-    """
-    done = 0
-    if hasattr(os, "RWF_NOWAIT"):
-        # No more is there, or the file system cannot tell; what is wrong, a read that waits finds.
-        with contextlib.suppress(OSError):
-            while got := os.preadv(fd, [buffer[done:]], done, os.RWF_NOWAIT):
-                done += got
-    return done - done % _BLOCK_BYTES
-
-
-def _set_direct(fd: int, *, wanted: bool = True) -> bool:
-    """Has an open file bypass the page cache, or not; tells whether it does now."""
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
-    except OSError as e:
-        if e.errno != errno.EINVAL:  # what a file system says that has no such mode
-            raise
-        return False
-    return wanted
 
 
 def _sync_path(directory: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 
-__all__ = ("LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock")
+__all__ = ("LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock", "ProcessHold")
 
 LOCK_NAME = "LOCK"
 READ_ONLY_ADVICE = (
@@ -23,38 +23,87 @@ READ_ONLY_ADVICE = (
     "read_only=True)`."
 )
 
-_held: set[Path] = set()
+_held: set[Path | str] = set()
 _held_guard = threading.Lock()
 
 
-class DirectoryLock:
-    """Holds a directory from `reserve` until `release`, or until the process dies."""
+class ProcessHold:
+    """Holds a place from `reserve` until `release`, against others in this process alone.
 
-    def __init__(self, directory: Path) -> None:
+    Attributes:
+        is_released: Whether it was let go of.
+    """
+
+    def __init__(self, place: Path | str) -> None:
         """Takes nothing yet."""
-        self._directory = directory
-        self._path = directory / LOCK_NAME
+        self._place = place
         self._pid = os.getpid()
-        self._fd: int | None = None
-        self._is_reserved = False
+        self._is_reserved = self._is_acquired = False
         self.is_released = False
 
     def reserve(self) -> None:
-        """Takes the directory within this process. Nobody may open the lock file before.
-
-        Closing *any* descriptor of the file would drop the lock that this process may hold.
+        """Takes the place within this process.
 
         Raises:
-            DirectoryBusyError: If this process holds the directory already.
+            DirectoryBusyError: If this process holds it already.
         """
         with _held_guard:
-            if self._directory in _held:
+            if self._place in _held:
                 raise DirectoryBusyError(
-                    f"{self._directory}: another checkpointer of this process uses this "
+                    f"{self._place}: another checkpointer of this process uses this "
                     "directory. Close it first, or give each its own directory."
                 )
-            _held.add(self._directory)
+            _held.add(self._place)
             self._is_reserved = True
+
+    def acquire(self) -> None:
+        """Takes a place that is reserved.
+
+        Raises:
+            DirectoryBusyError: If another live process holds it.
+            BackupDirectoryError: If it cannot be taken.
+        """
+        assert self._is_reserved
+        self._is_acquired = True
+
+    @property
+    def is_held(self) -> bool:
+        """False after `release` and in a forked child, which does not own it."""
+        return self._is_acquired and os.getpid() == self._pid
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of the place.
+
+        Args:
+            remove: Whether to remove what marks it as held too, while it still is.
+        """
+        if not self._is_reserved or os.getpid() != self._pid:
+            self.is_released = True  # never held; or held by the parent of this forked process
+            return
+        with _held_guard:
+            if self._is_acquired:
+                self._let_go(remove=remove)
+            self._is_acquired = self._is_reserved = False
+            self.is_released = True
+            _held.discard(self._place)
+
+    def _let_go(self, *, remove: bool) -> None:
+        """Undoes what `acquire` did beyond this process."""
+
+
+class DirectoryLock(ProcessHold):
+    """Holds a directory against all processes, until it is released or its own one dies.
+
+    Nobody may open the lock file without `reserve`: closing *any* descriptor of it would drop the
+    lock that this process may hold.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Takes nothing yet."""
+        super().__init__(directory)
+        self._directory = directory
+        self._path = directory / LOCK_NAME
+        self._fd: int | None = None
 
     def acquire(self) -> None:
         """Takes the lock of a directory that is reserved.
@@ -65,6 +114,7 @@ class DirectoryLock:
         """
         assert self._is_reserved
         self._fd = self._open()
+        self._is_acquired = True
 
     def _open(self) -> int:
         try:
@@ -93,26 +143,9 @@ class DirectoryLock:
             ) from e
         return fd
 
-    @property
-    def is_held(self) -> bool:
-        """False after `release` and in a forked child, which does not own the lock."""
-        return self._fd is not None and os.getpid() == self._pid
-
-    def release(self, *, remove: bool = False) -> None:
-        """Lets go of the directory.
-
-        Args:
-            remove: Whether to remove the lock file too, while it is still locked.
-        """
-        if not self._is_reserved or os.getpid() != self._pid:
-            self.is_released = True  # never held; or held by the parent of this forked process
-            return
-        with _held_guard:
-            if self._fd is not None:
-                if remove:
-                    self._path.unlink(missing_ok=True)
-                os.close(self._fd)
-                self._fd = None
-            self.is_released = True
-            self._is_reserved = False
-            _held.discard(self._directory)
+    def _let_go(self, *, remove: bool) -> None:
+        assert self._fd is not None
+        if remove:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = None

@@ -1,0 +1,266 @@
+"""The commit protocol in a bucket: which backup is valid, and who may say so.
+
+Nothing can be renamed there, and no lock dies with its process. What there is: one object can be
+replaced on condition that it is the one that was read. That object is `COMMIT`.
+
+    1. claim    with the first save, `COMMIT` is replaced by one that names this run as the owner
+    2. collect  what was there before and no marker names is removed: nobody can publish it now
+    3. objects  written under names that nobody else writes to, `<run>/<step>/…`
+    4. seal     the changing files, then `commit_success.txt`, for readers other than stepsave
+    5. publish  `COMMIT` is replaced: this is the commit point
+    6. retire   the backup before it is removed
+
+Each replacement is on condition that `COMMIT` is what this run knew. So of two trainers with one
+prefix the one that is too late is told, and neither can harm what the other has committed. A
+process that was thought to be dead writes below its own name only, whenever it wakes up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+
+from stepsave.engine.known_files import COMMIT, TRAINING_PATH
+from stepsave.engine.markers import Markers
+from stepsave.errors import BucketError, DirectoryBusyError
+from stepsave.format import orbax
+from stepsave.format.blueprint import Blueprint
+from stepsave.format.marker import RUN_NAME, encode_claim
+from stepsave.format.records import BackupRecord, Claim, FileRecord, LayoutPlan, Owner
+from stepsave.snapshot.contents import Contents
+from stepsave.store.bucket import NO_OBJECT, BucketStore
+
+__all__ = ("BucketCommit",)
+
+_logger = logging.getLogger("stepsave")
+
+_OURS = re.compile(rf"({RUN_NAME}/\d+)/.*", re.ASCII | re.DOTALL)
+_LATE_S = 300.0
+"""For so long after a failure its requests may still be under way: longer than drivers try."""
+
+_FIRST_DIGIT = "2"  # of all names of runs, until the year 3000
+
+
+class BucketCommit(Markers):
+    """The backups below one prefix. Used by one thread at a time."""
+
+    def __init__(self, store: BucketStore, *, double_checkpoint: bool) -> None:
+        """Reads the marker.
+
+        Raises:
+            BucketError: If it cannot be read.
+        """
+        super().__init__(store)
+        self._objects = store
+        self._double = double_checkpoint
+        self._owner = Owner(_new_run(), socket.gethostname(), os.getpid())
+        self._generation = NO_OBJECT  # of COMMIT, as this run knows it
+        self._is_owner = False  # whether COMMIT names this run
+        self._is_sure = True  # whether COMMIT was not written without an answer
+        self._is_collected = False
+        self._late_until_s = -math.inf  # when nothing of failed saves can arrive any more
+        self._folder = self._owner.run
+        self._directory = ""
+        self._begin_ns = 0
+        self.read_markers()
+        problem = self.problems.get(COMMIT)
+        if isinstance(problem, BucketError):
+            raise problem
+
+    def read_marker(self, name: str) -> bytes | None:
+        """Reads a marker, and remembers which generation of it that was."""
+        encoded, self._generation = self._objects.read_versioned(name)
+        return encoded
+
+    def read_markers(self) -> None:
+        """Takes from the bucket which backups are valid, and who may save."""
+        super().read_markers()
+        self._is_sure = not isinstance(self.problems.get(COMMIT), BucketError)
+        self._is_owner = self.claim is not None and self.claim.owner == self._owner
+        self._is_collected = self._is_collected and self._is_owner
+
+    def fall_back(self) -> None:
+        """Declares the newest backup unreadable; the next save has the marker say so too."""
+        super().fall_back()
+        self._is_owner = self._is_collected = False
+
+    def begin(self, blueprint: Blueprint, step: int) -> str:
+        """Writes what is constant in a backup, but what says that it is complete.
+
+        Returns:
+            The directory for the shards.
+
+        Raises:
+            CorruptBackupError: If the marker cannot be read, and so nobody knows what is valid.
+            DirectoryBusyError: If somebody else saves below this prefix.
+            BucketError: If the bucket refuses or does not answer.
+        """
+        if not self._is_sure:
+            self._settle()
+        if COMMIT in self.problems:
+            raise self.problems[COMMIT]
+        is_clean = self._is_collected and time.monotonic() >= self._late_until_s
+        if not (self._is_owner and is_clean):
+            self._claim(self.committed, self.previous)
+        self._begin_ns = time.time_ns()
+        self._directory = f"{self._folder}/{step}"
+        self._write(blueprint.files, but=orbax.SUCCESS_PATH)
+        return self._directory
+
+    def take_written(self, plan: LayoutPlan) -> Contents | None:
+        """Returns None: what was written before lies under other names."""
+        del plan
+
+    def seal(
+        self,
+        blueprint: Blueprint,
+        step: int,
+        training: bytes,
+        digests: tuple[int, ...],
+        contents: Contents | None = None,
+    ) -> BackupRecord:
+        """Completes a backup, durably; see `CommitProtocol.seal`."""
+        del contents
+        changing = {
+            TRAINING_PATH: training,
+            orbax.METADATA_PATH: orbax.checkpoint_metadata(
+                blueprint.items, self._begin_ns, time.time_ns()
+            ),
+        }
+        self._write(changing)
+        self._write({orbax.SUCCESS_PATH: blueprint.files[orbax.SUCCESS_PATH]})
+        changed = (FileRecord.of(path, data) for path, data in changing.items())
+        return BackupRecord(
+            step=step,
+            directory=self._directory,
+            nonce=os.urandom(16).hex(),
+            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed),
+            shard_bytes=blueprint.plan.shard_bytes,
+            shard_digests=digests,
+        )
+
+    def publish(self, record: BackupRecord) -> None:
+        """Makes a sealed backup the valid one; on return it is committed, durably."""
+        before, oldest = self.committed, self.previous
+        self._replace(record, before if self._double else None)
+        try:
+            for old in (before, oldest):
+                if old is not None and old not in (self.committed, self.previous):
+                    self._remove_backup(old.directory)
+        except BucketError as e:
+            # The new backup is committed all the same, so the save has not failed.
+            _logger.warning("%s: could not remove an old backup: %s", self._objects.root, e)
+            self._is_collected = False
+
+    def abandon(self) -> None:
+        """Gives up a save that failed.
+
+        What was begun may arrive later, so the next one goes to a folder of its own. The marker
+        may have been written without an answer: the next one looks.
+        """
+        self._folder = _new_run()
+        self._is_sure = self._is_collected = False
+        self._late_until_s = time.monotonic() + _LATE_S
+
+    def mark_ended(self) -> None:
+        """Notes with the newest backup that its training has come to its end."""
+        if self.committed is not None and not self.committed.ended:
+            self._replace(dataclasses.replace(self.committed, ended=True), self.previous)
+
+    def delete_all(self) -> None:
+        """Removes every backup, the marker first, and nothing that stepsave did not write."""
+        if not self._is_sure:
+            self._settle()
+        self.problems.clear()
+        self._claim(None, None)
+        self._is_sure = False
+        # Refused, somebody else has taken the place meanwhile. Nothing of this run is left in it.
+        self._objects.write_if(COMMIT, None, self._generation)
+        self._is_owner = False
+
+    def _claim(self, committed: BackupRecord | None, previous: BackupRecord | None) -> None:
+        """Makes this run the one that may save, and removes what others and failed saves left.
+
+        Looked for before: nobody can have claimed the place between that and the claim here, so
+        whoever wrote what was found, and no marker names, can publish it no more. What is written
+        by whoever claims the place next was not found.
+        """
+        found = map(_OURS.fullmatch, self._objects.list(_FIRST_DIGIT))
+        directories = sorted({match[1] for match in found if match})
+        self._replace(committed, previous)
+        kept = {record.directory for record in (committed, previous) if record}
+        for directory in directories:
+            if directory not in kept:
+                _logger.debug("%s: removing unreferenced %s", self._objects.root, directory)
+                self._remove_backup(directory)
+        self._is_collected = True
+
+    def _replace(self, committed: BackupRecord | None, previous: BackupRecord | None) -> None:
+        """Replaces the marker, if it is the one that this run knows.
+
+        Raises:
+            DirectoryBusyError: If it is not: somebody else saves here.
+        """
+        encoded = encode_claim(Claim(self._owner, committed, previous))
+        self._is_sure = False
+        generation = self._objects.write_if(COMMIT, encoded, self._generation)
+        if generation is None:
+            # Somebody else's, or this very one: the answer was lost and it was sent again.
+            found, now = self._objects.read_versioned(COMMIT)
+            if found != encoded:
+                self._refuse()
+            generation = now
+        self._generation = generation
+        self.committed, self.previous = committed, previous
+        self._is_owner = self._is_sure = True
+
+    def _settle(self) -> None:
+        """Finds out what the marker is, after a call that has brought no answer.
+
+        Raises:
+            DirectoryBusyError: If somebody else has replaced it.
+        """
+        known, was_owner = self._generation, self._is_owner
+        committed, previous = self.committed, self.previous
+        self.read_markers()
+        if self._is_owner or COMMIT in self.problems or (self._generation == NO_OBJECT != known):
+            return  # what it says holds
+        if self._generation != known:
+            self._generation = known
+            self._refuse()
+        # Unchanged, but perhaps for what this run alone knows: that the newest is unreadable.
+        self.committed, self.previous, self._is_owner = committed, previous, was_owner
+
+    def _refuse(self) -> None:
+        self._is_sure = False  # so the next save will look again, and be refused again
+        known = self._generation
+        found = self.on_disk(COMMIT)
+        self._generation = known  # nothing is remembered of it
+        who = "somebody else"
+        if isinstance(found, Claim):
+            newest = "no backup yet" if found.committed is None else f"step {found.committed.step}"
+            who = f"process {found.owner.pid} on {found.owner.host}, whose newest is {newest},"
+        raise DirectoryBusyError(
+            f"{self._objects.root}: {who} saves here too. Only one of the two trainings can: stop "
+            "the other one and start this one again, or give each a prefix of its own. What was "
+            "committed is whole, and nothing of it was changed."
+        )
+
+    def _remove_backup(self, directory: str) -> None:
+        # First, so that no reader takes what is left of it for a backup.
+        self._objects.remove(f"{directory}/{orbax.SUCCESS_PATH}")
+        self._objects.remove_below(f"{directory}/")
+
+    def _write(self, files: Mapping[str, bytes], but: str = "") -> None:
+        below = {f"{self._directory}/{path}": d for path, d in files.items() if path != but}
+        self._objects.write_all(below)
+
+
+def _new_run() -> str:
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(8).hex()}"
