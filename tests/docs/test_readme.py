@@ -16,9 +16,9 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-FIT, PREEMPTION, LOOP, IN_BUCKET = EXAMPLES
+FIT, PREEMPTION, LOOP, IN_BUCKET, TIERS = EXAMPLES
 PREEMPTION = FIT + PREEMPTION  # it goes on with that model
-IN_BUCKET = FIT + IN_BUCKET
+IN_BUCKET, TIERS = FIT + IN_BUCKET, FIT + TIERS
 
 
 def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
@@ -29,10 +29,11 @@ def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
 
 
 @pytest.mark.xdist_group("buckets")
-def test_the_example_of_a_bucket_runs_as_written_and_saves_there(s3, tmp_path):
+@pytest.mark.parametrize(("example", "prefix"), [(IN_BUCKET, "run-7"), (TIERS, "run-8")])
+def test_an_example_of_a_bucket_runs_as_written_and_saves_there(s3, example, prefix, tmp_path):
     put(f"{s3.url}/my-bucket", b"")
     done = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", IN_BUCKET],
+        [sys.executable, "-W", "error::ResourceWarning", "-c", example],
         cwd=tmp_path,
         env={**os.environ, **s3_environment(s3.url)},
         capture_output=True,
@@ -41,7 +42,7 @@ def test_the_example_of_a_bucket_runs_as_written_and_saves_there(s3, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "SaveFailedWarning" not in done.stderr
-    marker = ("PUT", "/my-bucket/run-7/COMMIT")
+    marker = ("PUT", f"/my-bucket/{prefix}/COMMIT")
     assert s3.requests.count(marker) >= 2  # claimed, and committed
 
 

@@ -1,5 +1,7 @@
 """A `fit` whose backup is in a bucket: killed, cut off from it, and resumed bit for bit."""
 
+import gc
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,3 +143,32 @@ def test_a_spec_of_tensorstore_names_a_bucket_too(s3, uninterrupted):
         train(spec, At(5, stop))
     assert train(s3.place, delete_checkpoint=False) == uninterrupted
     assert stepsave.restore(spec).ended
+
+
+def test_a_fit_whose_machine_is_lost_goes_on_from_the_bucket(memory, tmp_path, uninterrupted):
+    tiers = {"local_dir": tmp_path / "local", "upload_every": 2}
+    with pytest.raises(RuntimeError, match="interrupted"):
+        train(memory.place, At(6, stop), **tiers)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        train(memory.place, At(5, stop), **tiers)  # from the disk
+    assert stepsave.restore(tmp_path / "local").step >= 8
+    gc.collect()  # the callback, which finishes its uploads then
+    shutil.rmtree(tmp_path / "local")
+    assert train(memory.place, **tiers) == uninterrupted
+    assert stepsave.restore(memory.place) is None
+    assert not (tmp_path / "local").exists()
+
+
+def test_a_fit_that_is_told_to_stop_brings_its_last_save_into_the_bucket(
+    memory, tmp_path, uninterrupted
+):
+    options = {"save_before_preemption": True, "upload_every": "1h"}
+    with pytest.raises(stepsave.Preempted) as ended:
+        train(
+            memory.place,
+            At(7, lambda: signal.raise_signal(signal.SIGTERM)),
+            local_dir=tmp_path / "one",
+            **options,
+        )
+    assert stepsave.restore(memory.place).step == ended.value.step == 7
+    assert train(memory.place, local_dir=tmp_path / "other", **options) == uninterrupted

@@ -91,7 +91,15 @@ class BucketCommit(Markers):
         self._is_owner = self._is_collected = False
 
     def begin(self, blueprint: Blueprint, step: int) -> str:
-        """Writes what is constant in a backup, but what says that it is complete.
+        """Makes ready to receive the shards of a new save; see `begin_with`."""
+        return self.begin_with(blueprint.files, step)
+
+    def begin_with(self, files: Mapping[str, bytes], step: int) -> str:
+        """Writes the files of a backup, but the one that says that it is complete.
+
+        Args:
+            files: By path in the backup; without shards.
+            step: Of the backup.
 
         Returns:
             The directory for the shards.
@@ -110,7 +118,7 @@ class BucketCommit(Markers):
             self._claim(self.committed, self.previous)
         self._begin_ns = time.time_ns()
         self._directory = f"{self._folder}/{step}"
-        self._write(blueprint.files, but=orbax.SUCCESS_PATH)
+        self._write(files, but=orbax.SUCCESS_PATH)
         return self._directory
 
     def take_written(self, plan: LayoutPlan) -> Contents | None:
@@ -134,7 +142,7 @@ class BucketCommit(Markers):
             ),
         }
         self._write(changing)
-        self._write({orbax.SUCCESS_PATH: blueprint.files[orbax.SUCCESS_PATH]})
+        self.complete()
         changed = (FileRecord.of(path, data) for path, data in changing.items())
         return BackupRecord(
             step=step,
@@ -144,6 +152,10 @@ class BucketCommit(Markers):
             shard_bytes=blueprint.plan.shard_bytes,
             shard_digests=digests,
         )
+
+    def complete(self) -> None:
+        """Says to readers other than stepsave that the backup is complete."""
+        self._write({orbax.SUCCESS_PATH: orbax.COMMIT_SUCCESS})
 
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,8 @@ from stepsave.engine.arguments import (
     check_threads,
     encode_training,
 )
-from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.likeness import fit_to
-from stepsave.engine.read_only import ReadOnlyDirectory
+from stepsave.engine.opening import Place
 from stepsave.engine.reader import StoredBackup
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
@@ -27,7 +27,7 @@ from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
-from stepsave.store.places import Target, open_store
+from stepsave.store.places import Target
 from stepsave.threads import is_running
 
 __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
@@ -60,48 +60,46 @@ class Checkpointer:
         writer_threads: int | None = None,
         snapshot: SnapshotMode = "auto",
         read_only: bool = False,
+        local_dir: str | os.PathLike[str] | None = None,
+        upload_every: int | str = 1,
     ) -> None:
         """Opens a directory, making it if needed, and locks it against other processes.
 
         Args:
             directory: Where the backup lives, alone but for `lost+found` and the like. Or
                 `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like.
-            double_checkpoint: Whether to keep the backup before the newest valid too, to
-                fall back to if the newest cannot be read. Takes its size on disk once more.
-            when_busy: What `save` does while both host buffers are still in use: `"wait"`
-                for one, or `"skip"` this save and count it.
-            writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file
-                system; `"auto"` takes the first where the file system supports it.
+            double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
+            when_busy: What `save` does while both host buffers are still in use: `"wait"` for one,
+                or `"skip"` this save and count it.
+            writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file system;
+                `"auto"` takes the first where it can.
             writer_threads: Background threads that write; None for enough for a disk or a bucket.
             snapshot: `"device"` copies the state within device memory and brings it to the
-                host while training goes on; `"host"` brings it to the host first; `"auto"`
-                takes the first on accelerators with that much memory to spare, as measured
-                at the first save.
+                host while training goes on; `"host"` brings it to the host first; `"auto"` takes
+                the first on accelerators with memory to spare, as measured at the first save.
             read_only: Whether to restore only. Needs no permission to write, and takes no lock:
-                another process may save there meanwhile. The directory must exist; nothing in
-                it is changed.
+                another process may save there meanwhile. The directory must exist.
+            local_dir: A directory of a fast disk, if `directory` is a bucket: saves go there, and
+                the newest is uploaded in the background. Restored is the newest of both.
+            upload_every: How often: a number of saves, or a time, such as `"30s"` or `"5min"`.
 
         Raises:
             ValueError: If an argument is invalid.
             BackupDirectoryError: If the directory cannot be used, or holds something else.
-            DirectoryBusyError: If it is in use.
-            BucketError: If a bucket refuses or does not answer.
+            DirectoryBusyError, BucketError: If it is in use; if a bucket refuses.
         """
         check_choices(when_busy=when_busy, writer=writer, snapshot=snapshot)
         self._when_busy = when_busy
-        self._store = open_store(directory)
-        lanes = self._store.lanes if writer_threads is None else check_threads(writer_threads)
+        place = Place.of(directory, local_dir, upload_every, read_only=read_only)
+        self._store = place.store
+        lanes = place.lanes if writer_threads is None else check_threads(writer_threads)
         self._log = SaveLog()
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
         self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
         self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
-        self._directory = (
-            ReadOnlyDirectory(self._store, self._helpers)
-            if read_only
-            else BackupDirectory(self._store, self._log, self._helpers)
-        )
+        self._directory = place.make_directory(self._log, self._helpers)
         try:
             self._last_step = self._keeper.call(
                 lambda: self._directory.open(writer, lanes, double_checkpoint=double_checkpoint)
@@ -138,16 +136,13 @@ class Checkpointer:
         """Sets constant texts to store with every backup from now on.
 
         Args:
-            items: Orbax checkpointables beside the state, each a dict of strings. Keras's
-                `load_model` looks for `{"model_config": {"config": …}}`.
+            items: Orbax checkpointables beside the state, each a dict of strings, such as Keras's
+                `{"model_config": {"config": …}}`.
         """
         self._capture.attach(items)
 
     def prepare(self, state: Any) -> None:
-        """Does ahead what the first save would do, in the background what takes long.
-
-        Args:
-            state: A state like those that will be saved; its values do not matter.
+        """Does ahead what the first save of such a state would do, mostly in the background.
 
         Raises:
             InvalidStateError: If it cannot be saved.
@@ -172,9 +167,6 @@ class Checkpointer:
                 or integers as keys), lists, tuples, named tuples, and containers that are
                 registered with JAX by name. On return it may be changed or donated.
             metadata: Anything that JSON can hold; comes back with the backup.
-
-        Returns:
-            A handle that tells how the save goes on.
 
         Raises:
             ValueError: If the step is not greater than those saved before.
@@ -235,15 +227,13 @@ class Checkpointer:
     def restore(self, *, like: Any = None) -> Backup | None:
         """Reads the newest valid backup, verified; waits for saves in flight first.
 
-        If it cannot be read and the one before it is kept, that is returned, with a
-        warning that names what is lost.
+        If it cannot be read, one before it is, with a warning that names what is lost.
 
         Args:
-            like: A state like the one that was saved. The backup's is returned in its structure
-                (named tuples, PRNG keys, registered containers), each array of the kind that it
-                has there: NumPy's; JAX's with its sharding; torch's on its device, a parameter if
-                it is one, requiring a gradient if it does; TensorFlow's on its device, a variable
-                if it is one. It is not changed. None for NumPy arrays in Python's containers.
+            like: A state like the one that was saved; it is not changed. The backup's is returned
+                in its structure (named tuples, PRNG keys, registered containers), each array of its
+                kind there: NumPy's; JAX's with its sharding; torch's and TensorFlow's on its
+                device, a parameter or variable if it is one. None for NumPy arrays in containers.
 
         Returns:
             The backup, or None if there is none.
@@ -257,7 +247,7 @@ class Checkpointer:
         found = self.restore_leaves()
         if found is None:
             return None
-        # Here, and not by the keeper: where arrays are put may depend on the caller's thread.
+        # Not by the keeper: where arrays are put may depend on the caller's thread.
         source = f"{self.directory}, step {found.step}"
         state = found.state if like is None else fit_to(like, found.flat, source)
         return Backup(found.step, state, found.metadata, found.ended)
@@ -276,8 +266,7 @@ class Checkpointer:
     def free_device_memory(self) -> None:
         """Gives up the copy of the state in device memory until the next save.
 
-        For what needs more of it than a step, such as a validation. Waits until the last state is
-        on the host, not until it is durable.
+        Waits until the last state is on the host, not until it is durable.
         """
         self._check_usable()
         self._capture.free_device_memory()
@@ -291,6 +280,16 @@ class Checkpointer:
         """
         self._settle()
         self._log.drain(timeout_s)
+        self.raise_failed()
+
+    def upload(self) -> None:
+        """Brings the newest backup into the bucket too, if there are both (`local_dir=`).
+
+        Raises:
+            SaveFailedError: If that, or a save, failed and nobody was told yet.
+        """
+        self.wait()
+        self._keeper.call(self._directory.upload)
         self.raise_failed()
 
     def drain(self) -> None:
@@ -319,10 +318,9 @@ class Checkpointer:
         """Waits for saves in flight and lets go of the directory. May be called twice.
 
         Args:
-            delete_backup: Whether to remove the backup, and the directory if nothing else
-                is in it. If a save failed, everything is kept.
-            ended: Whether to note with the backup that its training has come to its end
-                (`Backup.ended`), unless a save failed.
+            delete_backup: Whether to remove the backup, and the directory if nothing else is in it.
+                If a save failed, everything is kept.
+            ended: Whether to note that its training has come to its end, unless a save failed.
 
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.

@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Callable
 
 from stepsave.engine.known_files import (
     COMMIT,
@@ -64,6 +65,9 @@ class CommitProtocol(Markers):
         # What shards are known to hold, by directory: what this object has seen made durable.
         self._written: dict[str, tuple[LayoutPlan, Contents]] = {}
         self._collected = False
+        # Directories that somebody still reads when they are retired, and those that are read now.
+        self._left: list[BackupRecord] = []
+        self.is_read: Callable[[str], bool] = lambda _: False
         self._begin_ns = 0
         self.read_markers()
         if self.claim is not None:
@@ -101,6 +105,7 @@ class CommitProtocol(Markers):
         self._begin_ns = time.time_ns()
         if not self._collected:
             self._collect()
+        self._retire_left()
         if blueprint.records != self._spare_of:
             if not self._spare_fits(blueprint):
                 self._remove_backup(SPARE)
@@ -194,6 +199,12 @@ class CommitProtocol(Markers):
             self._remove_backup(oldest.directory)
         self._retire(before)
 
+    def forget(self) -> None:
+        """Gives up the backups that there are, for a newer one elsewhere, with the next `begin`."""
+        self.committed = self.previous = None
+        self.problems.clear()
+        self._collected = False
+
     def abandon(self) -> None:
         """Gives up a save that failed, so that none of its files is used again.
 
@@ -218,16 +229,29 @@ class CommitProtocol(Markers):
         for name in TEMPORARY_NAMES:
             self._files.remove(name)
         self._spare_of = frozenset()
+        self._left.clear()
         self._written.clear()
 
     def _retire(self, record: BackupRecord | None) -> None:
         if record is None:
+            return
+        if self.is_read(record.directory):
+            self._left.append(record)
             return
         written = self._written.pop(record.directory, None)
         self._files.rename(record.directory, SPARE)
         self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
         if written is not None:
             self._written[SPARE] = written
+
+    def _retire_left(self) -> None:
+        """Takes in what was still being read when it was retired, and is not any more."""
+        left, self._left = self._left, []
+        for record in left:
+            if self.is_read(record.directory) or not self._files.exists(SPARE):
+                self._retire(record)
+            else:
+                self._remove_backup(record.directory)
 
     def _set_marker(self, name: str, record: BackupRecord | None) -> None:
         if record is not None:
@@ -249,9 +273,9 @@ class CommitProtocol(Markers):
                 self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
             self._files.remove(name)
-        kept = self._kept()
+        kept = self._kept() | {record.directory for record in self._left}
         for name in self._files.list():
-            if name.isdigit() and name not in kept:
+            if name.isdigit() and name not in kept and not self.is_read(name):
                 _logger.debug("%s: taking in unreferenced backup %s", self._files.root, name)
                 self._remove_backup(SPARE)  # and forget what it held
                 if self._files.exists(SPARE):  # with what is not ours in it

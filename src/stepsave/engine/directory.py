@@ -17,11 +17,18 @@ __all__ = ("BackupDirectory",)
 
 
 class BackupDirectory:
-    """What a checkpointer has of its directory. For the keeper's thread, but for properties."""
+    """What a checkpointer has of its directory. For the keeper's thread, but for properties.
+
+    Attributes:
+        place: The directory, or the URL.
+        protocol: Which backups are valid there.
+        writer_name: Which writer was chosen.
+    """
 
     def __init__(self, store: Store, log: SaveLog, helpers: Crew) -> None:
         """Touches nothing yet."""
         self._store = store
+        self.place = str(store.root)
         self._log = log
         self._helpers = helpers
         self._lock = store.make_hold()
@@ -40,25 +47,25 @@ class BackupDirectory:
         store.create()
         self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
-        self._protocol = _make_protocol(store, double_checkpoint=double_checkpoint)
+        self.protocol = _make_protocol(store, double_checkpoint=double_checkpoint)
         self._lock.acquire()
-        self._protocol.read_markers()  # as they are now that nobody else can change them
+        self.protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
         self.writer_name = "direct" if direct else "tensorstore"
         self._writer = Writer(
-            store, self._protocol, self._log, self._helpers, direct=direct, lanes=lanes
+            store, self.protocol, self._log, self._helpers, direct=direct, lanes=lanes
         )
         return -1 if self.committed is None else self.committed.step
 
     @property
     def committed(self) -> BackupRecord | None:
         """The newest valid backup."""
-        return self._protocol.committed
+        return self.protocol.committed
 
     @property
     def previous(self) -> BackupRecord | None:
         """The backup before it, if it is kept."""
-        return self._protocol.previous
+        return self.protocol.previous
 
     @property
     def is_held(self) -> bool:
@@ -88,17 +95,20 @@ class BackupDirectory:
         """Makes a save durable, or says in its handle why it is not."""
         self._writer.write(request)
 
+    def upload(self) -> None:
+        """Nothing to do: there is one place."""
+
     def restore(self) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; see `restore_newest`."""
-        return restore_newest(self._store, self._protocol, self._helpers)
+        return restore_newest(self._store, self.protocol, self._helpers)
 
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""
-        self._protocol.mark_ended()
+        self.protocol.mark_ended()
 
     def delete_backup(self) -> None:
         """Removes every backup, and nothing that stepsave did not write."""
-        self._protocol.delete_all()
+        self.protocol.delete_all()
 
     def release(self, *, remove: bool = False) -> None:
         """Lets go of it.

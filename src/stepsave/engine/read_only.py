@@ -116,7 +116,7 @@ class ReadOnlyDirectory:
         """Raises."""
         self.check_writable()
 
-    mark_ended = delete_backup
+    mark_ended = upload = delete_backup
 
     def release(self, *, remove: bool = False) -> None:
         """Lets go of it; nothing is there to be removed."""

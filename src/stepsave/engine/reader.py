@@ -20,7 +20,7 @@ from stepsave.errors import (
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
-from stepsave.format.records import DTYPES, BackupRecord, LayoutPlan
+from stepsave.format.records import DTYPES, BackupRecord, FileRecord, LayoutPlan
 from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import pages_for
 from stepsave.snapshot.arrays import SavedArray, ScatteredArray
@@ -28,7 +28,7 @@ from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
-__all__ = ("StoredBackup", "read_backup", "restore_newest")
+__all__ = ("StoredBackup", "read_backup", "read_files", "read_shard", "restore_newest")
 
 _ADVICE = (
     "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
@@ -129,7 +129,7 @@ def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBack
         CorruptBackupError: If anything is missing, truncated or altered, naming the file.
         OSError: If the file system fails.
     """
-    files = _read_files(store, record, helpers)
+    files = read_files(store, record, helpers)
     for path in (orbax.LAYOUT_PATH, TRAINING_PATH):
         if path not in files:
             raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
@@ -147,7 +147,7 @@ def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBack
     memory = pages.lend()
     helpers.share(
         range(plan.shard_count),
-        lambda number: _read_shard(store, record, plan, number, memory),
+        lambda number: read_shard(store, record, plan, number, _shard_of(memory, plan, number)),
         helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
     leaves = _view_leaves(plan, memory)
@@ -177,14 +177,25 @@ def _make_pages(store: Store, plan: LayoutPlan) -> Pages:
         ) from e
 
 
-def _read_files(store: Store, record: BackupRecord, helpers: Crew) -> dict[str, bytes]:
-    """Reads every file that is proved as a whole, by its path in the backup."""
-    below = {file.path: f"{record.directory}/{file.path}" for file in record.files}
-    _check_sizes(store, {below[file.path]: file.size_bytes for file in record.files})
+def read_files(
+    store: Store,
+    record: BackupRecord,
+    helpers: Crew,
+    files: tuple[FileRecord, ...] | None = None,
+) -> dict[str, bytes]:
+    """Reads files that are proved as wholes, all or some, by their path in the backup.
+
+    Raises:
+        CorruptBackupError: If one is not what the marker vouches for.
+        OSError: If it cannot be read.
+    """
+    files = record.files if files is None else files
+    below = {file.path: f"{record.directory}/{file.path}" for file in files}
+    _check_sizes(store, {below[file.path]: file.size_bytes for file in files})
     contents: dict[str, bytes] = {}
 
     def read(number: int) -> None:
-        file = record.files[number]
+        file = files[number]
         data = store.read(below[file.path], file.size_bytes)
         found = crc32c(data)
         if found != file.crc32c:
@@ -194,7 +205,7 @@ def _read_files(store: Store, record: BackupRecord, helpers: Crew) -> dict[str, 
             )
         contents[file.path] = data
 
-    count = len(record.files)
+    count = len(files)
     helpers.share(range(count), read, helpers=min(store.lanes, count) - 1 if store.is_remote else 0)
     return contents
 
@@ -206,13 +217,21 @@ def _check_sizes(store: Store, sizes: dict[str, int]) -> None:
         raise CorruptBackupError(f"{e} {_ADVICE}") from e
 
 
-def _read_shard(
-    store: Store, record: BackupRecord, plan: LayoutPlan, number: int, arena: Bytes
+def _shard_of(arena: Bytes, plan: LayoutPlan, number: int) -> memoryview:
+    return arena[number * plan.shard_bytes : (number + 1) * plan.shard_bytes].data
+
+
+def read_shard(
+    store: Store, record: BackupRecord, plan: LayoutPlan, number: int, memory: memoryview
 ) -> None:
-    """Reads a shard to its place in an arena, and verifies it there."""
+    """Reads a shard into page-aligned memory of its size, and verifies it there.
+
+    Raises:
+        CorruptBackupError: If it is not what the marker vouches for.
+        OSError: If it cannot be read.
+    """
     path = f"{record.directory}/{orbax.shard_path(number)}"
     start_bytes = number * plan.shard_bytes
-    memory = arena[start_bytes : start_bytes + plan.shard_bytes].data
     store.read_into(path, memory)
     checksums = bytearray()
     for chunk in plan.shard_chunks[number]:

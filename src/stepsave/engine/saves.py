@@ -139,6 +139,9 @@ class SaveLog:
         self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._stall_total_s = self._stall_max_s = 0.0
+        # Of backups that are uploaded: what nobody was told yet, and which one is there since when.
+        self._failed_uploads: list[tuple[int, BaseException]] = []
+        self._uploaded: tuple[int, float] | None = None
 
     @property
     def in_flight(self) -> list[SaveHandle]:
@@ -202,6 +205,30 @@ class SaveLog:
                 handle.tell_error()
             elif handle.done:
                 handle.raise_error()
+        while self._failed_uploads:
+            self._tell_upload(*self._failed_uploads[0], warns=but_for_outages)
+
+    def note_upload(self, step: int, saved_at_s: float) -> None:
+        """For the thread that uploads: a backup is in the bucket, saved then."""
+        self._uploaded = step, saved_at_s
+
+    def note_failed_upload(self, step: int, error: BaseException) -> None:
+        """For the same: it could not be brought there."""
+        self._failed_uploads.append((step, error))
+
+    def _tell_upload(self, step: int, error: BaseException, *, warns: bool) -> None:
+        there = "none" if self._uploaded is None else f"that of step {self._uploaded[0]}"
+        text = (
+            f"The backup of step {step} could not be uploaded: {error} It is valid on the local "
+            f"disk; the newest in the bucket is {there}."
+        )
+        try:
+            if not warns or not isinstance(error, BucketError):
+                raise SaveFailedError(text) from error
+            warnings.warn(f"stepsave: {text}", SaveFailedWarning, 5)
+        finally:
+            # Told once it is raised, and not before: interrupted here, it is told again.
+            self._failed_uploads.pop(0)
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:
         """Sums up; medians are over the last thousand saves."""
@@ -220,6 +247,8 @@ class SaveLog:
             arena_count=arena_count,
             arena_bytes=arena_bytes,
             writer=writer,
+            remote_step=None if self._uploaded is None else self._uploaded[0],
+            remote_age_s=math.nan if self._uploaded is None else time.time() - self._uploaded[1],
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 import time
 import warnings
@@ -14,6 +15,7 @@ import keras
 
 from stepsave.engine.arguments import check_choices, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
+from stepsave.engine.opening import Place
 from stepsave.errors import DirectoryBusyError
 from stepsave.fit import keras_internals
 from stepsave.fit.companions import Companions, Start
@@ -24,7 +26,7 @@ from stepsave.fit.loop import FitLoop, forget_interrupted
 from stepsave.fit.open_directories import close_directory, take_directory
 from stepsave.fit.passing_over import tell
 from stepsave.fit.phases import Phases
-from stepsave.fit.preemption import PreemptionSignals, check_signals
+from stepsave.fit.preemption import NO_SIGNALS, PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq, steps_of
 from stepsave.fit.resuming import Resuming
 from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit
@@ -39,10 +41,6 @@ __all__ = ("BackupAndRestore",)
 _UNKNOWN_FIT = (
     "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
     'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
-)
-_NO_SIGNALS = (
-    "Signals are not handled: `fit` does not run on the main thread, where alone Python can. None "
-    "will end it with a save (`save_before_preemption`). Call `fit` on the main thread."
 )
 
 
@@ -80,6 +78,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         when_busy: WhenBusy = "wait",
         snapshot: SnapshotMode = "auto",
         writer_threads: int | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        upload_every: int | str = 1,
         verbose: int = 0,
     ) -> None:
         """Makes the callback; the directory is opened when `fit` begins.
@@ -91,23 +91,23 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
                 are counted exactly, across epochs and with `steps_per_execution`. `False`,
                 with `save_before_preemption`, to save only then.
             delete_checkpoint: Whether to remove the backup when `fit` has completed.
-            double_checkpoint: Whether to keep the backup before the newest too, and fall
-                back to it if the newest cannot be read.
-            resume: `"batch"` to go on at the batch after the backup, with the data, the random
-                generators, the metrics and the other callbacks as they were. `"epoch"` to
-                repeat the epoch with the weights of the backup, as Keras does.
-            history: What `fit` returns after a resume: the epochs that it ran (`"new"`), or
-                those before the interruption too (`"all"`).
+            double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
+            resume: `"batch"` to go on at the batch after the backup, with data, random generators,
+                metrics and callbacks as they were; `"epoch"` to repeat the epoch, as Keras does.
+            history: What `fit` returns after a resume: the epochs that it ran (`"new"`), or those
+                before the interruption too (`"all"`).
             save_before_preemption: Whether a signal ends `fit`: it finishes the step, saves,
-                waits until that is durable and raises `Preempted`.
+                uploads if there are two tiers, and raises `Preempted`.
             preemption_signals: Which signals, by number or name.
-            grace_period_s: Seconds from the signal until the process will be killed. A
-                warning is logged if the save took longer. None if that is not known.
-            when_busy: What a due save does while both host buffers are still in use:
-                `"wait"`, or `"skip"` it.
-            snapshot: Where the state is copied first: `"device"`, `"host"`, or `"auto"`, which
-                takes device memory where there is enough; see `Checkpointer`.
+            grace_period_s: From the signal until the process is killed, to warn of longer saves.
+            when_busy: What a due save does while both host buffers are in use: `"wait"`, or
+                `"skip"` it.
+            snapshot: Where the state is copied first: `"device"`, `"host"`, or `"auto"`; see
+                `Checkpointer`.
             writer_threads: Background threads that write; None for a default.
+            local_dir: A directory of a fast disk, if `backup_dir` is a bucket: saves go there, and
+                the newest is uploaded in the background. Restored is the newest of both.
+            upload_every: How often: a number of saves, or a time, such as `"30s"`.
             verbose: 1 prints a line per save and restore.
 
         Raises:
@@ -116,6 +116,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         super().__init__()
         if not backup_dir:
             raise ValueError("Empty `backup_dir` argument passed")
+        Place.of(backup_dir, local_dir, upload_every, read_only=False)  # what is wrong, says so now
         self._target, self.backup_dir = backup_dir, name_of(backup_dir)
         self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
         self.delete_checkpoint = delete_checkpoint
@@ -129,6 +130,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self.when_busy: WhenBusy = when_busy
         self.snapshot: SnapshotMode = snapshot
         self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
+        self._tiers = {"local_dir": local_dir, "upload_every": upload_every}
         self.verbose = verbose
         self._begin_fresh()
 
@@ -141,8 +143,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._reset()
 
     def _reset(self) -> None:
-        # As in Keras's callback, whose tests read them: epochs completed, and the index of the
-        # last batch in this epoch.
+        # Keras's tests read them: epochs completed, and the index of the last batch in this one.
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._fit_thread = threading.get_ident()
@@ -268,8 +269,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        # Called by the thread of `fit`, after the last step and before the next, without a
-        # device sync; so with asynchronous dispatch this is where to save.
+        # Called by the thread of `fit` between two steps: where to save with asynchronous dispatch.
         if self._loop is not None:
             return
         self._batch_begun = batch
@@ -348,7 +348,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             return
         saver.drain()  # or the last save might be skipped, as the disk is busy
         self._save(epoch, batch)
-        saver.wait()
+        saver.upload()
         signals.end(self, self._saved_step, self.grace_period_s)
 
     def _expect_signals(self, fit: RunningFit, model: Any) -> None:
@@ -359,7 +359,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._signals = signals  # before, so that an interruption leaves it to the next `fit`
         if not signals.install(self.preemption_signals, self):
             self._signals = None
-            warnings.warn(_NO_SIGNALS, stacklevel=3)
+            warnings.warn(NO_SIGNALS, stacklevel=3)
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)
@@ -388,6 +388,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
                 when_busy=self.when_busy,
                 snapshot=self.snapshot,
                 writer_threads=self.writer_threads,
+                **self._tiers,
             )
         return self._saver
 

@@ -12,7 +12,12 @@ from typing import Any
 
 from stepsave.errors import Preempted
 
-__all__ = ("PreemptionSignals", "check_signals")
+__all__ = ("NO_SIGNALS", "PreemptionSignals", "check_signals")
+
+NO_SIGNALS = (
+    "Signals are not handled: `fit` does not run on the main thread, where alone Python can. None "
+    "will end it with a save (`save_before_preemption`). Call `fit` on the main thread."
+)
 
 _logger = logging.getLogger("stepsave")
 

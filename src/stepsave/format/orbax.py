@@ -21,6 +21,7 @@ from stepsave.format.records import LayoutPlan
 
 __all__ = (
     "ARENA_PATH",
+    "COMMIT_SUCCESS",
     "INDEX_PATH",
     "LAYOUT_PATH",
     "MANIFEST_PATH",
@@ -29,6 +30,7 @@ __all__ = (
     "checkpoint_metadata",
     "constant_files",
     "json_item",
+    "saved_at_s",
     "shard_path",
 )
 
@@ -107,6 +109,18 @@ def checkpoint_metadata(items: Iterable[str], begin_ns: int, seal_ns: int) -> by
             "custom_metadata": {},
         }
     )
+
+
+def saved_at_s(checkpoint_metadata: bytes) -> float:
+    """When the data of a backup was complete, in seconds since the epoch; by its metadata.
+
+    Raises:
+        ValueError: If they do not say so.
+    """
+    try:
+        return float(json.loads(checkpoint_metadata)["commit_timestamp_nsecs"]) / 1e9
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"no `commit_timestamp_nsecs` in {METADATA_PATH}") from e
 
 
 def arena_metadata(shard_bytes: int, shard_count: int) -> dict[str, Any]:

@@ -243,6 +243,8 @@ class SaveStats:
         arena_count: Host buffers in use: 2, or 1 when memory is short.
         arena_bytes: Size of each.
         writer: `"direct"` or `"tensorstore"`; empty before the first save.
+        remote_step: Step of the newest backup that was uploaded (`local_dir=`); None without.
+        remote_age_s: How long ago that was saved: what is lost with the machine; NaN without.
     """
 
     started: int
@@ -259,3 +261,5 @@ class SaveStats:
     arena_count: int
     arena_bytes: int
     writer: str
+    remote_step: int | None = None
+    remote_age_s: float = math.nan

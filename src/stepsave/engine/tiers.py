@@ -1,0 +1,178 @@
+"""Two tiers: backups on a fast disk of the machine, and the newest of them in a bucket.
+
+Saves are those of the directory, and wait for nothing else. What is lost with the machine is what
+was saved since the last upload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepsave.engine.bucket_commit import BucketCommit
+from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.reader import StoredBackup, read_files
+from stepsave.engine.saves import SaveLog
+from stepsave.engine.uploading import Uploader, UploadPace
+from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.errors import BucketError, CorruptBackupError
+from stepsave.format import orbax
+from stepsave.format.records import BackupRecord
+from stepsave.store.bucket import BucketStore
+from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
+
+__all__ = ("TieredDirectory",)
+
+
+class TieredDirectory:
+    """A directory and a bucket as one; else as `BackupDirectory`. For the keeper's thread."""
+
+    def __init__(
+        self, bucket: BucketStore, local: LocalStore, pace: UploadPace, log: SaveLog, helpers: Crew
+    ) -> None:
+        """Touches nothing yet."""
+        self._bucket = bucket
+        self._local_store = local
+        self._pace = pace
+        self._log = log
+        self._helpers = helpers
+        self._local = BackupDirectory(local, log, helpers)
+        self._remote = BackupDirectory(bucket, SaveLog(), helpers)
+        self._uploader: Uploader | None = None
+        self._is_open = False
+
+    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+        """Opens both; see `BackupDirectory.open`."""
+        steps = (
+            self._remote.open("auto", lanes, double_checkpoint=double_checkpoint),
+            self._local.open(writer, lanes, double_checkpoint=double_checkpoint),
+        )
+        remote, local = self._remote.protocol, self._local.protocol
+        assert isinstance(remote, BucketCommit)
+        assert isinstance(local, CommitProtocol)
+        self.writer_name = self._local.writer_name
+        self._uploader = Uploader(self._local_store, self._bucket, remote, self._pace, self._log)
+        local.is_read = self._uploader.is_reading
+        self._on_disk = local
+        self._note_remote()
+        self._is_open = True
+        return max(steps)
+
+    def _note_remote(self) -> None:
+        """Finds out how old the newest backup in the bucket is."""
+        record = self._remote.committed
+        if record is not None:
+            metadata = tuple(f for f in record.files if f.path == orbax.METADATA_PATH)
+            files = read_files(self._bucket, record, self._helpers, metadata)
+            self._log.note_upload(record.step, orbax.saved_at_s(files[orbax.METADATA_PATH]))
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest valid backup, wherever it is."""
+        return self._newest_first()[0].committed
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The backup before it at the same place, if it is kept."""
+        return self._newest_first()[0].previous
+
+    def _newest_first(self) -> Sequence[BackupDirectory]:
+        """Both; the directory first if they have the same."""
+        places = (self._local, self._remote)
+        return sorted(places, key=lambda place: -_step_of(place.committed))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is this process's to use."""
+        return self._local.is_held and self._remote.is_held
+
+    @property
+    def is_released(self) -> bool:
+        return self._local.is_released
+
+    def check_held(self) -> None:
+        """Raises unless it is this process's to use."""
+        self._local.check_held()
+
+    def check_writable(self) -> None:
+        """Raises if nothing can be saved here on principle."""
+
+    def write(self, request: SaveRequest) -> None:
+        """Makes a save durable on the disk, and has it uploaded if it is time."""
+        assert self._uploader is not None
+        self._local.write(request)
+        record = self._local.committed
+        if record is not None and record.step == request.handle.step and request.handle.durable_s:
+            self._uploader.offer(record)
+
+    def upload(self) -> None:
+        """Returns when the newest backup is in the bucket; what fails is noted."""
+        assert self._uploader is not None
+        record = self._local.committed
+        if record is not None and record.step >= _step_of(self._remote.committed):
+            self._uploader.bring(record)
+
+    def restore(self) -> tuple[StoredBackup | None, str]:
+        """Reads the newest backup that can be read; what is lost by that is told.
+
+        Raises:
+            CorruptBackupError: If there is one, but none that can be read.
+            BucketError: If the newest is in the bucket, and that is out of reach.
+        """
+        assert self._uploader is not None
+        self._uploader.wait()
+        for place in (self._local, self._remote):
+            place.protocol.read_markers()
+        found, lost = self._restore_newest()
+        on_disk = self._on_disk
+        found_step = -1 if found is None else found.step
+        if on_disk.problems or _step_of(on_disk.committed) > found_step:
+            on_disk.forget()  # or it would be in the way of the saves to come
+        return found, lost
+
+    def _restore_newest(self) -> tuple[StoredBackup | None, str]:
+        first, second = self._newest_first()
+        if self._on_disk.problems and self._remote.committed is not None:
+            first, second = self._local, self._remote  # which says why it cannot be read
+        try:
+            found, lost = first.restore()
+            if not lost or _step_of(second.committed) <= _step_of(first.committed):
+                return found, lost
+        except BucketError:
+            raise
+        except Exception as e:
+            if second.committed is None:
+                raise
+            lost = f"stepsave: {e}"
+        found, lost_too = second.restore()
+        if found is None:
+            raise CorruptBackupError(f"{second.place}: its backup went while it was looked for.")
+        return found, f"{lost} Restored step {found.step} from {second.place} instead. {lost_too}"
+
+    def mark_ended(self) -> None:
+        """Notes with the newest backup, at both places, that its training has come to its end."""
+        self._local.mark_ended()
+        self.upload()
+        self._remote.mark_ended()
+
+    def delete_backup(self) -> None:
+        """Removes every backup at both places, and nothing that stepsave did not write."""
+        assert self._uploader is not None
+        self._uploader.wait()
+        self._local.delete_backup()
+        self._remote.delete_backup()
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of both, when nothing is under way any more."""
+        if self._uploader is not None:
+            if self._is_open and self.is_held and not remove:
+                self.upload()
+            self._uploader.wait()
+            self._uploader.end()
+        self._local.release(remove=remove)
+        self._remote.release(remove=remove)
+
+
+def _step_of(record: BackupRecord | None) -> int:
+    return -1 if record is None else record.step
