@@ -200,8 +200,9 @@ def s3_target():
 
 @pytest.fixture(scope="session")
 def gcs_target():
-    with gcs_server() as url:
-        yield url
+    # One proxy for all tests: tensorstore may go on with the connections of an earlier one.
+    with gcs_server() as url, Proxy.before(url, checks_generations=True) as proxy:
+        yield proxy
 
 
 _numbers = iter(range(1_000_000))
@@ -228,13 +229,15 @@ def s3_environment(url):
 
 @pytest.fixture
 def gcs(gcs_target, monkeypatch):
-    with Proxy.before(gcs_target, checks_generations=True) as proxy:
-        monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        proxy.place = f"gs://{BUCKET}/{os.getpid()}/{next(_numbers)}"
-        yield proxy
+    proxy = gcs_target
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    proxy.place = f"gs://{BUCKET}/{os.getpid()}/{next(_numbers)}"
+    proxy.requests.clear()
+    yield proxy
+    proxy.fault = None
 
 
 @pytest.fixture
