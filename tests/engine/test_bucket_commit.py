@@ -444,3 +444,37 @@ def test_objects_of_others_are_left_alone(place):
             saver.save(step, state_of(step)).wait()
         saver.close(delete_backup=True)
     assert keys(place) == ["20 things/1/x", "2024/5/y", "notes.txt"]
+
+
+@pytest.mark.parametrize("files", [("credentials",), ("config",), ("credentials", "config")])
+def test_a_profile_is_enough_and_the_driver_keeps_silent(s3, files, tmp_path):
+    """In a process of its own: what its driver says goes to the standard error."""
+    keys = "aws_access_key_id = key\naws_secret_access_key = secret\n"
+    place = f"region = us-east-1\nendpoint_url = {s3.url}\n"
+    texts = {"credentials": "[lab]\n" + keys, "config": "[profile lab]\n" + place}
+    if files != ("credentials", "config"):
+        texts = {
+            name: text + (place if name == "credentials" else keys) for name, text in texts.items()
+        }
+    for name in files:
+        (tmp_path / name).write_text(texts[name])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {
+        "AWS_PROFILE": "lab",
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+    }
+    code = (
+        "import sys, numpy, stepsave\n"
+        "with stepsave.Checkpointer(sys.argv[1]) as saver:\n"
+        "    saver.save(1, {'a': numpy.arange(5)}).wait()\n"
+        "    assert (saver.restore().state['a'] == numpy.arange(5)).all()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, s3.place],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

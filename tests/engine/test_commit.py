@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import stepsave
 from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
-from stepsave.format.marker import decode_marker, encode_marker
-from stepsave.format.records import BackupRecord, FileRecord
+from stepsave.format.marker import decode_marker, encode_claim, encode_marker
+from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 from stepsave.store import places
 from stepsave.store.local import LocalStore
 
@@ -102,6 +102,46 @@ def test_a_marker_from_the_future_is_told_from_a_corrupt_one():
     encoded = encode_marker(record).replace(b"stepsave-commit 1", b"stepsave-commit 3")
     with pytest.raises(FormatVersionError, match=r"format 3.*up to format 2"):
         decode_marker(encoded, "here")
+
+
+RUN = "20261129T213246Z-6a6cea1f9883d018"
+
+
+def claim_of(*steps):
+    records = [BackupRecord(step, f"{RUN}/{step}", "ab", (), 4096, (5,)) for step in steps]
+    return Claim(Owner(RUN, "node-3", 4711), *(*records, None, None)[:2])
+
+
+@pytest.mark.parametrize("steps", [(), (120,), (120, 110)])
+def test_a_claim_comes_back_as_it_was(steps):
+    encoded = encode_claim(claim_of(*steps))
+    assert encoded.startswith(b"stepsave-commit 2 ")
+    assert decode_marker(encoded, "here") == claim_of(*steps)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["backups"][0].update(directory="120"),
+        lambda d: d["backups"][0].update(directory=f"{RUN}/121"),
+        lambda d: d["backups"][0].update(directory=f"../{RUN}/120"),
+        lambda d: d["backups"][0].update(directory=f"{RUN}/../120"),
+        lambda d: d["backups"][0].update(directory=f"{RUN.lower()}/120"),
+        lambda d: d["backups"].extend(d["backups"] * 2),
+        lambda d: d["owner"].pop("run"),
+        lambda d: d["owner"].update(pid="many"),
+        lambda d: d.pop("backups"),
+        lambda d: d.update(backups={"0": 1}),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused(change):
+    line, _, body = encode_claim(claim_of(120)).partition(b"\n")
+    document = json.loads(body)
+    change(document)
+    body = json.dumps(document).encode()
+    line = f"stepsave-commit 2 {crc32c(body):08x} {len(body)}\n".encode()
+    with pytest.raises(CorruptBackupError, match="here: malformed"):
+        decode_marker(line + body, "here")
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a\\b", "a\0b"])

@@ -160,7 +160,11 @@ class BucketCommit(Markers):
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""
         before, oldest = self.committed, self.previous
-        self._replace(record, before if self._double else None)
+        try:
+            self._replace(record, before if self._double else None)
+        except DirectoryBusyError:
+            self._remove_backup(record.directory)  # nobody else writes there, or will look for it
+            raise
         try:
             for old in (before, oldest):
                 if old is not None and old not in (self.committed, self.previous):
