@@ -9,6 +9,7 @@
     │   └── FormatVersionError                 … because a newer stepsave wrote it
     ├── BackupMismatchError     (ValueError)   a valid backup, but of another model or state
     ├── SaveFailedError         (RuntimeError) a save failed in the background
+    ├── PeerError               (RuntimeError) another process of the training does not answer
     ├── ArenaMemoryError        (MemoryError)  no room for the host copy of the state
     ├── CheckpointerClosedError (RuntimeError) used after `close()`
     └── NestedCallError         (RuntimeError) used by a signal handler within a `save`
@@ -39,6 +40,7 @@ __all__ = (
     "FormatVersionError",
     "InvalidStateError",
     "NestedCallError",
+    "PeerError",
     "Preempted",
     "SaveFailedError",
     "SaveFailedWarning",
@@ -81,6 +83,10 @@ class BackupMismatchError(StepsaveError, ValueError):
 
 class SaveFailedError(StepsaveError, RuntimeError):
     """Raised when a save could not be made durable; the older backup is still valid."""
+
+
+class PeerError(StepsaveError, RuntimeError):
+    """Raised when another process of the same training does not say what it was waited for."""
 
 
 class ArenaMemoryError(StepsaveError, MemoryError):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bucket_support import put, s3, s3_environment, s3_target
+from peers_support import Processes
 
 __all__ = ("s3", "s3_target")
 
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-FIT, PREEMPTION, LOOP, IN_BUCKET, TIERS = EXAMPLES
+FIT, PREEMPTION, LOOP, IN_BUCKET, TIERS, SEVERAL = EXAMPLES
 PREEMPTION = FIT + PREEMPTION  # it goes on with that model
 IN_BUCKET, TIERS = FIT + IN_BUCKET, FIT + TIERS
 
@@ -44,6 +45,24 @@ def test_an_example_of_a_bucket_runs_as_written_and_saves_there(s3, example, pre
     assert "SaveFailedWarning" not in done.stderr
     marker = ("PUT", f"/my-bucket/{prefix}/COMMIT")
     assert s3.requests.count(marker) >= 2  # claimed, and committed
+
+
+def test_the_example_of_several_machines_runs_as_written_in_two_processes(tmp_path):
+    def environment(rank, count, port):
+        return {
+            "KERAS_BACKEND": "jax",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+            "KERAS_DISTRIBUTION_NUM_PROCESSES": str(count),
+            "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
+        }
+
+    told = "\nprint(backup.stats().committed, [w.sum() for w in model.get_weights()])\n"
+    code = f"import os\nos.chdir({str(tmp_path)!r})\n{SEVERAL}{told}"
+    with Processes(code, environment=environment) as processes:
+        first, second = (lines[-1].partition(" ") for lines in processes.results())
+    assert (first[0], second[0]) == ("32", "0")  # every fifth of 160 steps, by process 0
+    assert first[2] == second[2]
 
 
 @pytest.mark.parametrize("example", [FIT, PREEMPTION, LOOP], ids=["fit", "preemption", "loop"])

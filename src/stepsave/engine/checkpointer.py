@@ -24,6 +24,7 @@ from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
 from stepsave.format.tree import flatten_state
+from stepsave.snapshot.arrays import check_saveable
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
@@ -69,16 +70,14 @@ class Checkpointer:
             directory: Where the backup lives, alone but for `lost+found` and the like. Or
                 `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like.
             double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
-            when_busy: What `save` does while both host buffers are still in use: `"wait"` for one,
-                or `"skip"` this save and count it.
+            when_busy: What `save` does while both host buffers are in use: `"wait"`, or `"skip"`.
             writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file system;
                 `"auto"` takes the first where it can.
             writer_threads: Background threads that write; None for enough for a disk or a bucket.
             snapshot: `"device"` copies the state within device memory and brings it to the
                 host while training goes on; `"host"` brings it to the host first; `"auto"` takes
                 the first on accelerators with memory to spare, as measured at the first save.
-            read_only: Whether to restore only. Needs no permission to write, and takes no lock:
-                another process may save there meanwhile. The directory must exist.
+            read_only: Whether to restore only. Takes no lock: others may save there meanwhile.
             local_dir: A directory of a fast disk, if `directory` is a bucket: saves go there, and
                 the newest is uploaded in the background. Restored is the newest of both.
             upload_every: How often: a number of saves, or a time, such as `"30s"` or `"5min"`.
@@ -147,7 +146,6 @@ class Checkpointer:
         Raises:
             InvalidStateError: If it cannot be saved.
             ArenaMemoryError: If there is no memory for a host copy of it.
-            BackupDirectoryError: If the directory was opened to be read only.
         """
         self._check_usable()
         self._directory.check_writable()
@@ -156,7 +154,8 @@ class Checkpointer:
 
     def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
         """`prepare`, for a state that is flat already."""
-        self._capture.prepare(paths, leaves)
+        if self._directory.saves_here:
+            self._capture.prepare(paths, leaves)
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Copies the state and returns; background threads make it durable.
@@ -173,8 +172,7 @@ class Checkpointer:
             InvalidStateError: If the state or the metadata cannot be saved.
             SaveFailedError: If an *earlier* save failed and nobody was told yet. This one is then
                 not begun; call again to go on. `SaveFailedWarning` if a bucket was out of reach.
-            BackupDirectoryError: If the directory was opened to be read only.
-            CheckpointerClosedError: After `close`.
+            BackupDirectoryError, CheckpointerClosedError: If it is read only, or closed.
         """
         began_s = time.perf_counter()
         self._check_usable()
@@ -206,6 +204,11 @@ class Checkpointer:
         step = check_step(step, self._last_step, self.directory)
         training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
+        if not self._directory.saves_here:
+            if self._last_step < 0:
+                check_saveable(paths, leaves)  # what process 0 refuses, all refuse
+            self._last_step = handle.leave()
+            return handle
         # Interrupted from here on, the save is left behind, and the next call settles it.
         self._unfinished = handle
         block = self._when_busy == "wait"
@@ -259,7 +262,7 @@ class Checkpointer:
         if lost:
             warnings.warn(lost, stacklevel=3)
         self._last_step = -1 if found is None else found.step
-        if found is not None:
+        if found is not None and self._directory.saves_here:
             self._capture.take_over(found.pages)
         return found
 
@@ -318,8 +321,7 @@ class Checkpointer:
         """Waits for saves in flight and lets go of the directory. May be called twice.
 
         Args:
-            delete_backup: Whether to remove the backup, and the directory if nothing else is in it.
-                If a save failed, everything is kept.
+            delete_backup: Whether to remove the backup, unless a save failed, and the directory.
             ended: Whether to note that its training has come to its end, unless a save failed.
 
         Raises:

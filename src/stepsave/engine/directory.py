@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.peers import Board
 from stepsave.engine.reader import StoredBackup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
@@ -23,10 +28,26 @@ class BackupDirectory:
         place: The directory, or the URL.
         protocol: Which backups are valid there.
         writer_name: Which writer was chosen.
+        saves_here: True: what is saved is written by this process.
     """
 
-    def __init__(self, store: Store, log: SaveLog, helpers: Crew) -> None:
-        """Touches nothing yet."""
+    saves_here = True
+
+    def __init__(
+        self, store: Store, log: SaveLog, helpers: Crew, board: Board | None = None
+    ) -> None:
+        """Touches nothing yet.
+
+        Args:
+            store: The directory or the bucket.
+            log: Told how saves end.
+            helpers: Threads that read and write.
+            board: Where to tell other processes of the training what was opened and restored.
+        """
+        self._board = board
+        self._restores = 0
+        # What others have to say before anything is written, and which of them.
+        self._awaited: list[tuple[str, int]] = []
         self._store = store
         self.place = str(store.root)
         self._log = log
@@ -34,6 +55,26 @@ class BackupDirectory:
         self._lock = store.make_hold()
 
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+        """Opens it, and tells other processes of the training; see `_open`."""
+        step = -1
+        with self._told("open", lambda: {"step": step, "nonce": self._lock.nonce}):
+            step = self._open(writer, lanes, double_checkpoint=double_checkpoint)
+        return step
+
+    @contextlib.contextmanager
+    def _told(self, what: str, facts: Callable[[], dict[str, Any]]) -> Generator[None]:
+        """Tells other processes what came of something, if there are any."""
+        if self._board is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException as e:
+            self._board.say(what, error=str(e))
+            raise
+        self._board.say(what, error="", **facts())
+
+    def _open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Makes the directory if needed, locks it, and sees what is in it.
 
         Returns:
@@ -93,14 +134,32 @@ class BackupDirectory:
 
     def write(self, request: SaveRequest) -> None:
         """Makes a save durable, or says in its handle why it is not."""
-        self._writer.write(request)
+        self._writer.write(request, self._wait_for_readers)
+
+    def _wait_for_readers(self) -> None:
+        """Returns when the other processes have read what this one has restored."""
+        while self._awaited:
+            assert self._board is not None
+            what, rank = self._awaited[-1]
+            self._board.hear(what, who=rank)
+            self._awaited.pop()
 
     def upload(self) -> None:
         """Nothing to do: there is one place."""
 
     def restore(self) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; see `restore_newest`."""
-        return restore_newest(self._store, self.protocol, self._helpers)
+        number, self._restores = self._restores, self._restores + 1
+        found: StoredBackup | None = None
+        with self._told(f"restore {number}", lambda: {"nonce": self._nonce_of(found)}):
+            found, lost = restore_newest(self._store, self.protocol, self._helpers)
+        if self._board is not None:
+            others = range(1, self._board.peers.count)
+            self._awaited += [(f"restored {number} {rank}", rank) for rank in others]
+        return found, lost
+
+    def _nonce_of(self, found: StoredBackup | None) -> str:
+        return "" if found is None or self.committed is None else self.committed.nonce
 
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from stepsave.errors import BackupDirectoryError
 from stepsave.format import orbax
 from stepsave.store.local import PROBE_NAME, TEMPORARY_SUFFIX, LocalStore
-from stepsave.store.lock import LOCK_NAME
+from stepsave.store.lock import LOCK_LIMIT_BYTES, LOCK_NAME
 
 __all__ = (
     "COMMIT",
@@ -39,7 +39,7 @@ is passed over, and left where it is."""
 
 # A shard, or what a killed tensorstore leaves of one: a file that was not yet renamed.
 _SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
-_LOCK_LIMIT_BYTES = 1024
+_LOCK = re.compile(rb"(pid \d+\n([0-9a-f]{32}\n)?)?")
 _KNOWN_DIRECTORIES = {"model_config", "pytree"}
 _KNOWN_FILES = {
     "_CHECKPOINT_METADATA",
@@ -91,7 +91,7 @@ def _is_ours(store: LocalStore, name: str) -> bool:
     if name in (COMMIT, PREVIOUS, *TEMPORARY_NAMES):
         return True
     if name == LOCK_NAME:
-        return re.fullmatch(rb"(pid \d+\n)?", store.read(name, _LOCK_LIMIT_BYTES)) is not None
+        return _LOCK.fullmatch(store.read(name, LOCK_LIMIT_BYTES)) is not None
     if not store.is_directory(name):
         return not store.exists(name)  # removed this moment, by the process that owns it
     found = without_junk(store.list(name))

@@ -6,10 +6,13 @@ import dataclasses
 import os
 
 from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.follower import FollowerDirectory
+from stepsave.engine.peers import Board, Peers, find_peers
 from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.tiers import TieredDirectory
 from stepsave.engine.uploading import UploadPace
+from stepsave.errors import BackupDirectoryError
 from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.places import Store, Target, open_store
@@ -17,7 +20,7 @@ from stepsave.threads import Crew
 
 __all__ = ("Directory", "Place")
 
-Directory = BackupDirectory | ReadOnlyDirectory | TieredDirectory
+Directory = BackupDirectory | ReadOnlyDirectory | TieredDirectory | FollowerDirectory
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,12 +32,14 @@ class Place:
         local: A directory before the bucket, if there is one.
         pace: How often what is in that is uploaded.
         read_only: Whether nothing is to be saved there.
+        peers: The processes that share it; None if this is the only one.
     """
 
     store: Store
     local: LocalStore | None
     pace: UploadPace
     read_only: bool
+    peers: Peers | None
 
     @classmethod
     def of(
@@ -49,11 +54,13 @@ class Place:
 
         Raises:
             ValueError: If the arguments do not go together.
-            BackupDirectoryError: If one of them cannot be used.
+            BackupDirectoryError: If one of them cannot be used, or not by several processes.
         """
-        store, pace = open_store(target), UploadPace.of(upload_every)
+        store, pace, peers = open_store(target), UploadPace.of(upload_every), find_peers()
+        if peers is not None and not read_only:
+            _check_shared(store, local_dir, peers)
         if local_dir is None:
-            return cls(store, None, pace, read_only)
+            return cls(store, None, pace, read_only, peers)
         local = open_store(local_dir)
         if not isinstance(store, BucketStore) or not isinstance(local, LocalStore) or read_only:
             how = " to be read only" if read_only else ""
@@ -62,7 +69,7 @@ class Place:
                 f"{store.root}{how}. Expected a directory of this machine, and a bucket to upload "
                 "to from there (s3://… or gs://…)."
             )
-        return cls(store, local, pace, read_only)
+        return cls(store, local, pace, read_only, peers)
 
     @property
     def lanes(self) -> int:
@@ -73,7 +80,23 @@ class Place:
         """Returns what keeps backups there; touches nothing."""
         if self.read_only:
             return ReadOnlyDirectory(self.store, helpers)
+        board = None if self.peers is None else Board(self.peers, str(self.store.root))
+        if board is not None and not board.peers.is_leader:
+            return FollowerDirectory(self.store, helpers, board)
         if self.local is not None:
             assert isinstance(self.store, BucketStore)
             return TieredDirectory(self.store, self.local, self.pace, log, helpers)
-        return BackupDirectory(self.store, log, helpers)
+        return BackupDirectory(self.store, log, helpers, board)
+
+
+def _check_shared(store: Store, local_dir: object, peers: Peers) -> None:
+    text = f"{store.root}: {peers.count} processes ({peers.framework}) train this model"
+    if local_dir is not None:
+        raise BackupDirectoryError(
+            f"{text}, and with them `local_dir` is not supported yet. Leave it out."
+        )
+    if store.keeps_data:
+        raise BackupDirectoryError(
+            f"{text}, and what lies in the memory of one the others do not see. Use a directory "
+            "that all see, or a bucket."
+        )

@@ -26,6 +26,7 @@ class ReadOnlyDirectory:
     """
 
     writer_name = ""
+    saves_here = True  # and refuses it
 
     def __init__(self, store: Store, helpers: Crew) -> None:
         """Touches nothing yet."""

@@ -31,12 +31,13 @@ class SaveHandle:
         stall_s: How long the call of `save` took. If the arrays were still being computed (JAX
             dispatches ahead), waiting for them is in it.
         skipped: True if nothing was saved, because both arenas were in use.
+        by_another: True if another process of the training saves, and this one has nothing to do.
     """
 
     def __init__(self, step: int) -> None:
         self.step = step
         self.bytes = self.changed_bytes = self.written_bytes = 0
-        self.skipped = False
+        self.skipped = self.by_another = False
         self.stall_s = 0.0
         self.claim = Claim()  # on the arena
         self._durable_s: float | None = None
@@ -49,10 +50,18 @@ class SaveHandle:
         self.skipped = True
         self._ended.open()
 
+    def leave(self) -> int:
+        """Says that another process saves; returns the step."""
+        self.by_another = True
+        self._ended.open()
+        return self.step
+
     def __repr__(self) -> str:
         state = (
             "skipped"
             if self.skipped
+            else "left to process 0"
+            if self.by_another
             else "in flight"
             if not self._ended.is_open
             else "failed"

@@ -28,6 +28,8 @@ __all__ = ("TieredDirectory",)
 class TieredDirectory:
     """A directory and a bucket as one; else as `BackupDirectory`. For the keeper's thread."""
 
+    saves_here = True
+
     def __init__(
         self, bucket: BucketStore, local: LocalStore, pace: UploadPace, log: SaveLog, helpers: Crew
     ) -> None:

@@ -80,14 +80,19 @@ class Writer:
         self._direct = direct
         self._lanes = lanes
 
-    def write(self, request: SaveRequest) -> None:
-        """Makes a save durable, or says in its handle why it is not."""
+    def write(self, request: SaveRequest, ready: Callable[[], None]) -> None:
+        """Makes a save durable, or says in its handle why it is not.
+
+        Args:
+            request: The save.
+            ready: Returns when the directory may be changed.
+        """
         handle = request.handle
         if not handle.claim.accept():
             return  # the call that claimed it was interrupted, and the next one has dropped it
         durable_s, error = None, None
         try:
-            self._commit(request)
+            self._commit(request, ready)
             durable_s = time.perf_counter() - request.began_s
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             error = e
@@ -95,10 +100,11 @@ class Writer:
         self._log.count_end(handle, durable_s)
         handle.end(durable_s, error)
 
-    def _commit(self, request: SaveRequest) -> None:
+    def _commit(self, request: SaveRequest, ready: Callable[[], None]) -> None:
         snapshot, handle = request.snapshot, request.handle
         blueprint = snapshot.blueprint
         try:
+            ready()
             directory = self._protocol.begin(blueprint, handle.step)
             known = self._protocol.take_written(blueprint.plan)
             write = self._open_shards(directory, blueprint.plan)

@@ -335,16 +335,16 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         before = self._before_validation
         metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
-        at = f"Epoch {progress.epoch + 1}"
-        if handle.skipped:
-            self._tell(f"{at}: backup skipped, the disk is still busy")
-            return
-        self._saved_step = position.global_step
-        self._tell(f"{at}: saving backup of step {self._saved_step} to {self.backup_dir}")
+        text = "backup skipped, the disk is still busy"
+        if not handle.skipped:
+            self._saved_step = position.global_step
+            text = f"saving backup of step {self._saved_step} to {self.backup_dir}"
+        if not handle.by_another:
+            self._tell(f"Epoch {progress.epoch + 1}: {text}")
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver
-        if signals is None or signals.received is None or saver is None:
+        if signals is None or saver is None or not signals.is_due(self._progress.global_step):
             return
         saver.drain()  # or the last save might be skipped, as the disk is busy
         self._save(epoch, batch)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from stepsave.engine.peers import Board, find_peers
 from stepsave.errors import Preempted
+from stepsave.fit.stopping import StopAgreement
 
 __all__ = ("NO_SIGNALS", "PreemptionSignals", "check_signals")
 
@@ -69,6 +71,7 @@ class PreemptionSignals:
         self.is_removed = False
         self.received: int | None = None
         self._received_s = 0.0
+        self._agreement: StopAgreement | None = None  # if there are several processes
 
     def install(self, signals: Sequence[signal.Signals], saver: Any) -> bool:
         """Installs handlers; returns False off the main thread, where nobody can.
@@ -79,6 +82,9 @@ class PreemptionSignals:
         """
         if threading.current_thread() is not threading.main_thread():
             return False
+        peers = find_peers()
+        if peers is not None and self._agreement is None:
+            self._agreement = StopAgreement(Board(peers, "fit"))
         self._unsaved.add(id(saver))
         if self.is_removed:
             self.is_removed, self._previous = False, {}
@@ -94,6 +100,9 @@ class PreemptionSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         self.is_removed = True
+        if self._agreement is not None:
+            self._agreement.close()
+            self._agreement = None
         for signum in self._previous:
             if signal.getsignal(signum) == self._note:
                 # None: a handler that was not installed from Python, and cannot be put back.
@@ -108,6 +117,15 @@ class PreemptionSignals:
             return owner.handler_before(signum)
         return previous
 
+    def is_due(self, step: int) -> bool:
+        """Whether to save and end when so many steps have been made."""
+        if self._agreement is None:
+            return self.received is not None
+        is_due = self._agreement.is_due(step, self.received)
+        if is_due and self.received is None:  # the signal came to another process
+            self.received, self._received_s = self._agreement.signum, time.monotonic()
+        return is_due
+
     def end(self, saver: Any, saved_step: int, grace_period_s: float | None) -> None:
         """Ends the training when all have saved: tells the handler before, raises `Preempted`.
 
@@ -120,6 +138,8 @@ class PreemptionSignals:
         if self._unsaved:
             return
         assert self.received is not None
+        if self._agreement is not None:
+            self._agreement.end()
         waited_s = time.monotonic() - self._received_s
         if grace_period_s is not None and waited_s > grace_period_s:
             _logger.warning(

@@ -88,10 +88,10 @@ def _is_plain(leaf: Any) -> bool:
 def _check(leaf: Any) -> None:
     if not isinstance(leaf, jax.Array):
         raise InvalidStateError(f"expected a JAX array, found {type(leaf).__name__}.")
-    if not leaf.is_fully_addressable:
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise InvalidStateError(
-            "the array is spread over several processes, which this version of stepsave "
-            "does not save. Gather it first."
+            "parts of the array are with other processes alone, which this version of stepsave "
+            "does not save: only what each process has as a whole. Replicate it, or gather it."
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise InvalidStateError(
@@ -155,6 +155,9 @@ def make_own(array: SavedArray, like: jax.Array) -> jax.Array:
 
 
 def _put_like(source: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
+    if not like.is_fully_addressable:
+        # Each process puts what its devices have; `device_put` would have them compare it all.
+        return jax.make_array_from_callback(like.shape, like.sharding, source.__getitem__)
     if like.committed:
         return jax.device_put(source, like.sharding)
     made = jax.device_put(source)

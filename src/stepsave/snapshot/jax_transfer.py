@@ -77,8 +77,11 @@ class Cut:
 def _shards(leaf: Any) -> list[tuple[int | None, Any]]:
     if len(leaf.sharding.device_set) == 1:
         return [(None, ...)]
-    shards = enumerate(leaf.addressable_shards)
-    return [(number, shard.index) for number, shard in shards if shard.replica_id == 0]
+    # Of each distinct one the first that this process has.
+    first: dict[str, tuple[int | None, Any]] = {}
+    for number, shard in enumerate(leaf.addressable_shards):
+        first.setdefault(str(shard.index), (number, shard.index))
+    return list(first.values())
 
 
 def bytes_by_device(leaves: Sequence[Any]) -> dict[Any, int]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 
-__all__ = ("LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock", "ProcessHold")
+__all__ = ("LOCK_LIMIT_BYTES", "LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock", "ProcessHold")
 
 LOCK_NAME = "LOCK"
+LOCK_LIMIT_BYTES = 1024
 READ_ONLY_ADVICE = (
     "To read a backup from it, use `stepsave.restore(directory)` or `Checkpointer(directory, "
     "read_only=True)`."
@@ -32,7 +33,10 @@ class ProcessHold:
 
     Attributes:
         is_released: Whether it was let go of.
+        nonce: What those who see the same place find in it while it is held; empty if nothing.
     """
+
+    nonce = ""
 
     def __init__(self, place: Path | str) -> None:
         """Takes nothing yet."""
@@ -104,6 +108,7 @@ class DirectoryLock(ProcessHold):
         self._directory = directory
         self._path = directory / LOCK_NAME
         self._fd: int | None = None
+        self.nonce = os.urandom(16).hex()
 
     def acquire(self) -> None:
         """Takes the lock of a directory that is reserved.
@@ -128,9 +133,10 @@ class DirectoryLock(ProcessHold):
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {self._pid}\n".encode(), 0)
+            os.pwrite(fd, f"pid {self._pid}\n{self.nonce}\n".encode(), 0)
         except OSError as e:
-            holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown process"
+            told = os.pread(fd, 100, 0).decode(errors="replace").partition("\n")[0]
+            holder = told or "unknown process"
             os.close(fd)
             if e.errno in (errno.EACCES, errno.EAGAIN):
                 raise DirectoryBusyError(

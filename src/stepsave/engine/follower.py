@@ -1,0 +1,118 @@
+"""What a process has of a directory in which another process of the training saves."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+from stepsave.engine.markers import Markers
+from stepsave.engine.peers import Board
+from stepsave.engine.read_only import ReadOnlyDirectory
+from stepsave.engine.reader import StoredBackup, read_backup
+from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.errors import BackupDirectoryError
+from stepsave.format.records import BackupRecord
+from stepsave.store.lock import LOCK_LIMIT_BYTES, LOCK_NAME
+from stepsave.store.places import Store
+from stepsave.threads import Crew
+
+__all__ = ("FollowerDirectory",)
+
+_SIGHT_S = 30.0
+"""How long what another machine has written may take to be seen: network file systems keep old
+entries for a while."""
+
+
+class FollowerDirectory(ReadOnlyDirectory):
+    """Restores what process 0 restores, and leaves saving to it; else as `BackupDirectory`."""
+
+    saves_here = False
+
+    def __init__(self, store: Store, helpers: Crew, board: Board) -> None:
+        """Touches nothing yet."""
+        super().__init__(store, helpers)
+        self._board = board
+        self._restores = itertools.count()
+
+    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+        """Waits until process 0 has opened the directory, and makes sure that it is the same.
+
+        Raises:
+            BackupDirectoryError: If process 0 could not open it, or it is another directory.
+            PeerError: If process 0 says nothing.
+        """
+        del writer, lanes, double_checkpoint
+        told = self._board.hear("open")
+        if told["error"]:
+            raise BackupDirectoryError(f"Process 0 could not open it: {told['error']}")
+        if told["nonce"] and not _comes_true(lambda: self._sees(told["nonce"])):
+            raise BackupDirectoryError(
+                f"{self._store.root}: expected the directory that process 0 has opened, found "
+                "another one under this name: it is not shared between the machines. Put it on a "
+                "file system that all processes see, or into a bucket."
+            )
+        return int(told["step"])
+
+    def _sees(self, nonce: str) -> bool:
+        try:
+            return nonce.encode() in self._store.read(LOCK_NAME, LOCK_LIMIT_BYTES)
+        except FileNotFoundError:
+            return False
+
+    def check_writable(self) -> None:
+        """Nothing to object: another process does it."""
+
+    def write(self, request: SaveRequest) -> None:
+        """Never called."""
+        raise AssertionError(request)
+
+    def restore(self) -> tuple[StoredBackup | None, str]:
+        """Reads the backup that process 0 has restored, when it has.
+
+        Raises:
+            BackupDirectoryError: If it could not, or that backup is not to be seen here.
+            CorruptBackupError: If it cannot be read here.
+            PeerError: If process 0 says nothing.
+        """
+        number = next(self._restores)
+        told = self._board.hear(f"restore {number}")
+        if told["error"]:
+            raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
+        found = None
+        if told["nonce"]:
+            found = read_backup(self._store, self._record(told["nonce"]), self._helpers)
+        self._board.say(f"restored {number} {self._board.peers.rank}")
+        return found, ""
+
+    def _record(self, nonce: str) -> BackupRecord:
+        records: list[BackupRecord] = []
+
+        def look() -> bool:
+            markers = Markers(self._store)
+            markers.read_markers()
+            both = (markers.committed, markers.previous)
+            records[:] = [record for record in both if record and record.nonce == nonce]
+            return bool(records)
+
+        if not _comes_true(look):
+            raise BackupDirectoryError(
+                f"{self._store.root}: process 0 has restored a backup that is not to be seen here. "
+                "The file system shows the processes different things."
+            )
+        return records[0]
+
+    def mark_ended(self) -> None:
+        """Nothing to do: process 0 does it."""
+
+    delete_backup = upload = mark_ended
+
+
+def _comes_true(look: Callable[[], bool]) -> bool:
+    """Whether something is seen, perhaps after a while."""
+    end_s = time.monotonic() + _SIGHT_S
+    while not look():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.05)
+    return True

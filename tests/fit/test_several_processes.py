@@ -1,0 +1,107 @@
+"""A `fit` of several processes: process 0 saves, all go on from its backup, bit for bit."""
+
+import os
+import signal
+
+import pytest
+from peers_support import Processes
+
+import stepsave
+
+FIT = """
+import hashlib, os, sys, time
+rank, count, port = map(int, sys.argv[1:4])
+place, pause_s = sys.argv[4], float(sys.argv[5])
+BEFORE
+import keras
+import numpy as np
+import stepsave
+
+class Tell(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        print("batch", batch, flush=True)
+        time.sleep(pause_s)
+
+rows = np.arange(192, dtype="float32").reshape(48, 4) / 100
+mine = rows.reshape(-1, count, 3, 4)[:, rank].reshape(-1, 4)  # three of each batch of six
+SCOPE
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dropout(0.5),
+                              keras.layers.Dense(3)])
+    model.compile("adam", "mse")
+backup = stepsave.BackupAndRestore(
+    place, 1, delete_checkpoint=False, save_before_preemption=pause_s > 0)
+DATA
+history = model.fit(data, epochs=3, verbose=0, callbacks=[backup, Tell()])
+weights = b"".join(np.asarray(w).tobytes() for w in model.get_weights())
+print("epochs", len(history.epoch), flush=True)
+print(hashlib.sha256(weights).hexdigest(), flush=True)
+"""
+
+CODE = (
+    FIT.replace(
+        "BEFORE",
+        """
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
+""",
+    )
+    .replace(
+        "SCOPE",
+        """
+keras.distribution.set_distribution(
+    keras.distribution.DataParallel(devices=keras.distribution.list_devices(),
+                                    auto_shard_dataset=False))
+if True:
+""",
+    )
+    .replace(
+        "DATA",
+        """
+import tensorflow as tf
+data = tf.data.Dataset.from_tensor_slices((mine, mine[:, :3])).batch(3)
+""",
+    )
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ["KERAS_BACKEND"] != "jax",
+    reason="on PyTorch `fit` knows of one process; under TensorFlow's strategy for several workers "
+    "that of Keras 3.15 raises by itself",
+)
+
+
+def environment(rank, count, port):  # noqa: ARG001
+    return {"KERAS_BACKEND": "jax"}
+
+
+def test_a_fit_of_two_processes_that_are_killed_goes_on_as_if_nothing_had_happened(tmp_path):
+    with Processes(CODE, tmp_path / "whole", 0, environment=environment) as whole:
+        expected = whole.results()
+    assert expected[0][-1] == expected[1][-1]
+    assert stepsave.restore(tmp_path / "whole").step == 24
+    with Processes(CODE, tmp_path / "killed", 0.05, environment=environment) as killed:
+        for batch in (7, 3):  # of the second epoch
+            killed.wait_for(f"batch {batch}")
+        killed.kill()
+    begun = stepsave.restore(tmp_path / "killed").step
+    assert 9 <= begun <= 13
+    with Processes(CODE, tmp_path / "killed", 0, environment=environment) as again:
+        found = again.results()
+    assert [lines[-2:] for lines in found] == [["epochs 2", expected[0][-1]]] * 2
+    assert stepsave.restore(tmp_path / "killed").step == 24
+
+
+def test_a_signal_to_one_process_ends_all_at_the_same_step(tmp_path):
+    code = CODE.replace("epochs=3", "epochs=50")
+    place = tmp_path / "backup"
+    with Processes(code, place, 0.05, environment=environment) as processes:
+        processes.wait_for("batch 5")
+        processes.children[1].send_signal(signal.SIGTERM)
+        ends = [child.communicate(timeout=200) for child in processes.children]
+        codes = [child.returncode for child in processes.children]
+    assert codes == [stepsave.Preempted.EXIT_CODE] * 2, ends
+    made = [out.count("batch") for out, _ in ends]
+    assert made[0] + 6 == made[1]  # those before were read above
+    assert stepsave.restore(place).step == made[1] < 400
