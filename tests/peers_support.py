@@ -1,5 +1,6 @@
 """Several processes that train one model, on the loopback."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,17 +10,23 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count):
+    """The first of so many ports in a row that nobody uses."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            first = 0
+            for number in range(count):
+                probe = stack.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", first + number if number else 0))
+                first = first or probe.getsockname()[1]
+            return first
 
 
 class Processes:
     """So many processes of one script, which gets its rank, their number and a port first."""
 
     def __init__(self, code, *arguments, count=2, environment=None, fit=False):
-        port = free_port()
+        port = free_ports(count)
         paths = [str(TESTS), *([str(TESTS / "fit")] if fit else [])]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         self.children = [

@@ -188,12 +188,12 @@ def test_what_passes_is_tried_again(request, store, fault):
     method = "PUT" if store == "s3" else "POST"
     with stepsave.Checkpointer(proxy.place) as saver:
         proxy.fault = once_in(3, method, fault)
-        for step in range(1, 5):
+        for step in range(1, 3):
             saver.save(step, state_of(step)).wait()
             assert saver.committed.step == step
         proxy.fault = once_in(3, "GET", fault)
         assert_is_state_of(saver.restore())
-    assert restored(proxy.place).step == 4
+    assert restored(proxy.place).step == 2
 
 
 @pytest.mark.parametrize("fault", [500, "cut", 20])
@@ -354,7 +354,7 @@ def child_of(proxy, place):
     )
 
 
-@pytest.mark.parametrize("at", [0, 3, 6, 9, 11, 13, 14, 15, 16, 17, 18, 20, 22, 26])
+@pytest.mark.parametrize("at", [0, 3, 9, 13, 14, 15, 16, 17, 20, 26])
 def test_a_process_killed_at_any_request_leaves_a_whole_backup_and_debris_that_goes(s3, at):
     acknowledged = 0
     seen = []
