@@ -57,6 +57,8 @@ def test_the_signature_is_that_of_the_readme():
         "when_busy": "wait",
         "snapshot": "auto",
         "writer_threads": None,
+        "local_dir": None,
+        "upload_every": 1,
         "verbose": 0,
     }
     assert issubclass(BackupAndRestore, keras.callbacks.Callback)
