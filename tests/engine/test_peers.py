@@ -4,6 +4,7 @@ import json
 
 import pytest
 from bucket_support import s3, s3_environment, s3_target
+from engine_support import assert_same_bits, flip_bit, state_of
 from peers_support import Processes
 
 import stepsave
@@ -235,10 +236,29 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path, monkeypatch):
 
 def test_a_backup_that_only_process_0_sees_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(follower, "_SIGHT_S", 0.2)
-    board, said = fake_board({"restore 0": {"error": "", "nonce": "ab" * 16}})
+    told = {"nonce": "ab" * 16}
+    board, said = fake_board({"reads 0": told, "restore 0": {"error": "", **told}})
     directory = FollowerDirectory(LocalStore(tmp_path), Crew(1, "test"), board)
     with pytest.raises(stepsave.BackupDirectoryError, match="not to be seen here"):
         directory.restore()
+    assert not said
+
+
+def test_when_process_0_falls_back_all_do(tmp_path):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        records = saver.previous, saver.committed
+    flip_bit(tmp_path / "2/pytree/d/c/0", 70)
+    told = [{"error": "", "nonce": record.nonce} for record in records]
+    board, said = fake_board({"reads 0": told[1], "restore 0": told[0]})
+    found, lost = FollowerDirectory(LocalStore(tmp_path), Crew(1, "test"), board).restore()
+    assert (found.step, lost) == (1, "")
+    assert_same_bits(found.state, state_of(1))
+    assert len(said) == 1
+    board, said = fake_board({"reads 0": told[1], "restore 0": told[1]})
+    with pytest.raises(stepsave.CorruptBackupError):  # which process 0 could read
+        FollowerDirectory(LocalStore(tmp_path), Crew(1, "test"), board).restore()
     assert not said
 
 

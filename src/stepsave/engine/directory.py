@@ -151,6 +151,11 @@ class BackupDirectory:
         """Reads the newest backup; see `restore_newest`."""
         number, self._restores = self._restores, self._restores + 1
         found: StoredBackup | None = None
+        if self._board is not None:
+            # Before it is read, so that all read at the same time.
+            self.protocol.read_markers()
+            nonce = "" if self.committed is None else self.committed.nonce
+            self._board.say(f"reads {number}", nonce=nonce)
         with self._told(f"restore {number}", lambda: {"nonce": self._nonce_of(found)}):
             found, lost = restore_newest(self._store, self.protocol, self._helpers)
         if self._board is not None:

@@ -19,6 +19,9 @@ from stepsave.threads import Crew
 
 __all__ = ("FollowerDirectory",)
 
+_READ_S = 3600.0
+"""How long process 0 may take to read a backup."""
+
 _SIGHT_S = 30.0
 """How long what another machine has written may take to be seen: network file systems keep old
 entries for a while."""
@@ -68,7 +71,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         raise AssertionError(request)
 
     def restore(self) -> tuple[StoredBackup | None, str]:
-        """Reads the backup that process 0 has restored, when it has.
+        """Reads the backup that process 0 restores, at the same time.
 
         Raises:
             BackupDirectoryError: If it could not, or that backup is not to be seen here.
@@ -76,14 +79,25 @@ class FollowerDirectory(ReadOnlyDirectory):
             PeerError: If process 0 says nothing.
         """
         number = next(self._restores)
-        told = self._board.hear(f"restore {number}")
+        first = self._board.hear(f"reads {number}")["nonce"]
+        found, error = None, None
+        if first:
+            try:
+                found = self._read(first)
+            except Exception as e:  # noqa: BLE001  raised below, if process 0 can read it
+                error = e
+        told = self._board.hear(f"restore {number}", _READ_S)
         if told["error"]:
             raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
-        found = None
-        if told["nonce"]:
-            found = read_backup(self._store, self._record(told["nonce"]), self._helpers)
+        if told["nonce"] != first:  # it has fallen back
+            found = self._read(told["nonce"])
+        elif error is not None:
+            raise error
         self._board.say(f"restored {number} {self._board.peers.rank}")
         return found, ""
+
+    def _read(self, nonce: str) -> StoredBackup:
+        return read_backup(self._store, self._record(nonce), self._helpers)
 
     def _record(self, nonce: str) -> BackupRecord:
         records: list[BackupRecord] = []

@@ -15,12 +15,13 @@ import threading
 import time
 
 from stepsave.engine.peers import Board
+from stepsave.errors import PeerError
 from stepsave.threads import Crew, Latch
 
 __all__ = ("StopAgreement",)
 
-_POLL_S = 0.2
-_AHEAD_S = 2.0
+_POLL_S = 1.0  # process 0 answers all of them
+_AHEAD_S = 3.0
 """How far ahead a step is proposed: until all have heard of it."""
 
 _LIMIT_S = 120.0
@@ -108,17 +109,16 @@ class StopAgreement:
                 self._proposed[1].open()
 
     def _listen(self) -> None:
-        board, told = self._board, False
-        wishes = [f"wish {rank}" for rank in range(board.peers.count)]
-        round_ = 0
+        board, round_ = self._board, 0
+        is_told = False
         while self._goes_on():
-            if self._wish is not None and not told:
-                board.say(wishes[board.peers.rank], signum=self._wish)
-                told = True
+            if self._wish is not None and not is_told:
+                self._tell(self._wish)
+                is_told = True
             if board.peers.is_leader:
-                found = next(filter(None, map(board.peek, wishes)), None)
-                if found is not None:
-                    self._lead(found["signum"])
+                wish = board.peek("wish")
+                if wish is not None:
+                    self._lead(wish["signum"])
                     return
             elif (proposal := board.peek(f"stop {round_}")) is not None:
                 if self._answer(round_, proposal):
@@ -126,6 +126,15 @@ class StopAgreement:
                 round_ += 1
                 continue
             time.sleep(_POLL_S)
+
+    def _tell(self, signum: int) -> None:
+        """Says that a process was told to stop, whichever is the first to say so."""
+        if self._board.peek("wish") is None:
+            try:
+                self._board.say("wish", signum=signum)
+            except PeerError:
+                if self._board.peek("wish") is None:  # else another one was faster
+                    raise
 
     def _lead(self, signum: int) -> None:
         """Proposes steps until one is agreed."""
