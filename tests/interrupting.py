@@ -73,6 +73,10 @@ class InterruptedAfter:
     def _interrupt(self, _, frame):
         if not self._armed or frame.f_code is InterruptedAfter.__exit__.__code__:
             return
+        if frame.f_code is InterruptedAfter.__enter__.__code__:
+            # Before what is to be interrupted has begun; a slow machine is still about the timer.
+            signal.setitimer(signal.ITIMER_REAL, 0.001, self._timer[1])
+            return
         # Nor is what pytest does about an interrupt that came in a finalizer: on a slow machine the
         # next would come before it is done, again and again, and end pytest itself.
         while frame is not None:
