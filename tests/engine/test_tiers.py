@@ -199,6 +199,57 @@ def test_a_bucket_that_stays_away_costs_uploads_and_no_saves(s3, local, impatien
         assert restored(s3.place) == restored(local) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_waits_for_no_upload(s3, local):
+    gate = threading.Event()
+
+    def hold(method, path):
+        if method == "PUT" and "/d/c/" in path:
+            gate.wait(30)
+
+    with stepsave.Checkpointer(s3.place, local_dir=local) as saver:
+        s3.fault = hold
+        saver.save(1, state_of(1)).wait()
+        when(lambda: saver._directory._uploader._is_busy)
+        child = os.fork()
+        if child == 0:
+            saver.close()
+            os._exit(7)
+        try:
+            when(lambda: os.waitpid(child, os.WNOHANG) == (child, 7 << 8), limit_s=20)
+        finally:
+            gate.set()
+    assert restored(s3.place) == restored(local) == 1
+
+
+def test_a_state_of_another_size_is_uploaded_after_a_failure(s3, local, impatient):  # noqa: ARG001
+    with stepsave.Checkpointer(s3.place, local_dir=local) as saver:
+        s3.fault = lambda method, path: (
+            403 if (method, path.endswith("/c/1")) == ("PUT", True) else 0
+        )
+        saver.save(1, state_of(1)).wait()
+        with pytest.raises(stepsave.SaveFailedError, match="step 1 could not be uploaded"):
+            saver.upload()
+        s3.fault = None
+        saver.save(2, state_of(2, leaves=1, shape=(10, 10))).wait()
+        saver.upload()
+    assert restored(s3.place) == 2
+
+
+@pytest.mark.filterwarnings("error::stepsave.SaveFailedWarning")
+def test_a_warning_that_a_filter_makes_an_error_of_is_raised_once(s3, local, impatient):  # noqa: ARG001
+    with stepsave.Checkpointer(s3.place, local_dir=local) as saver:
+        s3.fault = lambda method, _: 503 if method == "PUT" else 0
+        saver.save(1, state_of(1)).wait()
+        when(lambda: saver._log._failed_uploads)
+        with pytest.raises(stepsave.SaveFailedWarning, match="step 1 could not be uploaded"):
+            saver.save(2, state_of(2))
+        s3.fault = None
+        saver.save(2, state_of(2)).wait()
+        saver.upload()
+    assert restored(s3.place) == 2
+
+
 def test_two_trainers_with_one_bucket_are_told_apart(memory, local, tmp_path):
     with stepsave.Checkpointer(memory.place, local_dir=local) as first:
         first.save(1, state_of(1)).wait()

@@ -172,3 +172,23 @@ def test_a_fit_that_is_told_to_stop_brings_its_last_save_into_the_bucket(
         )
     assert stepsave.restore(memory.place).step == ended.value.step == 7
     assert train(memory.place, local_dir=tmp_path / "other", **options) == uninterrupted
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_bucket_that_is_away_at_the_end_fails_no_training(
+    s3, tmp_path, uninterrupted, monkeypatch, delete
+):
+    from stepsave.store import bucket
+
+    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
+
+    def go_away():
+        s3.fault = lambda *_: 503
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stepsave.SaveFailedWarning)
+        options = {"local_dir": tmp_path / "local", "delete_checkpoint": delete}
+        assert train(s3.place, At(20, go_away), **options) == uninterrupted
+    s3.fault = None
+    if not delete:
+        assert stepsave.restore(tmp_path / "local").step == 24

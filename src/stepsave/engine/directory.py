@@ -172,6 +172,7 @@ class BackupDirectory:
 
     def delete_backup(self) -> None:
         """Removes every backup, and nothing that stepsave did not write."""
+        self._wait_for_readers()
         self.protocol.delete_all()
 
     def release(self, *, remove: bool = False) -> None:

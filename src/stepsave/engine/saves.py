@@ -117,8 +117,12 @@ class SaveHandle:
             self.raise_error()
             return
         text = f"stepsave: the save of step {self.step} is lost, and training goes on. The backup "
-        warnings.warn(f"{text}before it is still valid. {self._error}", SaveFailedWarning, 5)
-        self._is_told = True  # after it: a filter may have made an error of it
+        try:
+            warnings.warn(f"{text}before it is still valid. {self._error}", SaveFailedWarning, 5)
+        except SaveFailedWarning:  # a filter has made an error of it
+            self._is_told = True
+            raise
+        self._is_told = True
 
     def failure(self) -> SaveFailedError:
         """The error to raise for a failed save, to be chained to its cause."""
@@ -232,12 +236,12 @@ class SaveLog:
             f"disk; the newest in the bucket is {there}."
         )
         try:
-            if not warns or not isinstance(error, BucketError):
-                raise SaveFailedError(text) from error
-            warnings.warn(f"stepsave: {text}", SaveFailedWarning, 5)
-        finally:
+            _raise_or_warn(text, error, warns=warns)
+        except (SaveFailedError, SaveFailedWarning):
             # Told once it is raised, and not before: interrupted here, it is told again.
             self._failed_uploads.pop(0)
+            raise
+        self._failed_uploads.pop(0)
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:
         """Sums up; medians are over the last thousand saves."""
@@ -259,6 +263,12 @@ class SaveLog:
             remote_step=None if self._uploaded is None else self._uploaded[0],
             remote_age_s=math.nan if self._uploaded is None else time.time() - self._uploaded[1],
         )
+
+
+def _raise_or_warn(text: str, error: BaseException, *, warns: bool) -> None:
+    if not warns or not isinstance(error, BucketError):
+        raise SaveFailedError(text) from error
+    warnings.warn(f"stepsave: {text}", SaveFailedWarning, 6)
 
 
 def _median(values: Iterable[float]) -> float:

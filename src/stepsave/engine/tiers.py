@@ -167,8 +167,8 @@ class TieredDirectory:
 
     def release(self, *, remove: bool = False) -> None:
         """Lets go of both, when nothing is under way any more."""
-        if self._uploader is not None:
-            if self._is_open and self.is_held and not remove:
+        if self._uploader is not None and self.is_held:  # its threads are not a forked child's
+            if self._is_open and not remove:
                 self.upload()
             self._uploader.wait()
             self._uploader.end()

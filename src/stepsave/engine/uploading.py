@@ -93,7 +93,6 @@ class Uploader:
         self._begun_s = -pace.seconds
         self._record: BackupRecord | None = None  # the last one that was begun with
         self._call: Call[None] | None = None
-        self._buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         try:
             self._crew = Crew(_LANES, "stepsave-uploader")
         except RuntimeError as e:
@@ -154,18 +153,18 @@ class Uploader:
         plan = decode_layout(files[orbax.LAYOUT_PATH], source)
         directory = self._remote.begin_with(files, record.step)
         shards = ShardArray(self._bucket, directory, plan)
+        buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
 
         def copy(number: int) -> None:
             try:
-                buffer = self._buffers.get_nowait()
+                buffer = buffers.get_nowait()
             except queue.Empty:
                 buffer = allocate_pages(plan.shard_bytes)
             read_shard(self._local, record, plan, number, buffer.data)
             shards.write(number, buffer)
-            self._buffers.put(buffer)  # not after an error: a request that was given up may read it
+            buffers.put(buffer)  # not after an error: a request that was given up may read it
 
         self._crew.share(range(plan.shard_count), copy, helpers=min(_LANES, plan.shard_count) - 1)
-        self._buffers = queue.SimpleQueue()
         self._remote.complete()
         self._remote.publish(dataclasses.replace(record, directory=directory))
         self._log.note_upload(record.step, orbax.saved_at_s(files[orbax.METADATA_PATH]))

@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
-from stepsave.errors import BucketError, SaveFailedWarning
+from stepsave.errors import BucketError, SaveFailedError, SaveFailedWarning
 from stepsave.store.places import Target, open_store
 
 __all__ = ("close_directory", "take_directory")
@@ -55,16 +55,17 @@ def close_directory(
             last of its training.
 
     Raises:
-        SaveFailedError: If a save failed; the backup is then kept.
+        SaveFailedError: If a save failed; the backup is then kept. If a bucket was out of reach it
+            is a warning.
     """
-    saver.drain()
     try:
-        saver.raise_failed(but_for_outages=True)
         saver.close(delete_backup=deletes and not keeps, ended=not keeps)
-    except BucketError as e:
+    except (SaveFailedError, BucketError) as e:
+        if not isinstance(e, BucketError) and not isinstance(e.__cause__, BucketError):
+            raise
         warnings.warn(
-            "stepsave: the training has ended, but its backup could not be removed, or marked so: "
-            f"a run of the same script would go on from it. {e}",
+            "stepsave: the training has ended, but the bucket was out of reach. What is in it "
+            f"stays there: a run of the same script may go on from it. {e}",
             SaveFailedWarning,
             stacklevel=4,
         )
