@@ -16,10 +16,10 @@ sys.path.insert(0, os.path.dirname(__file__))
 @pytest.fixture
 def small_shards(monkeypatch):
     """Layouts compiled in the test get shards of 64 KiB instead of 64 MiB."""
-    from stepsave.format import layout
+    from stepsave.format import planning
 
-    monkeypatch.setattr(layout, "SHARD_TARGET_BYTES", 64 << 10)
-    monkeypatch.setattr(layout, "CHUNK_LIMIT_BYTES", 16 << 10)
+    monkeypatch.setattr(planning, "SHARD_TARGET_BYTES", 64 << 10)
+    monkeypatch.setattr(planning, "CHUNK_LIMIT_BYTES", 16 << 10)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from crc32c import crc32c
 
 import stepsave
-from stepsave.format.layout import compile_layout
+from stepsave.format.planning import compile_layout
 from stepsave.format.records import DTYPES, LeafSpec
 from stepsave.snapshot.arena import Arena
 from stepsave.snapshot.arrays import dtype_name
@@ -21,9 +21,9 @@ from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.pages import Pages
 
 SMALL_SHARDS = """
-from stepsave.format import layout
-layout.SHARD_TARGET_BYTES = 64 << 10
-layout.CHUNK_LIMIT_BYTES = 16 << 10
+from stepsave.format import planning
+planning.SHARD_TARGET_BYTES = 64 << 10
+planning.CHUNK_LIMIT_BYTES = 16 << 10
 """
 """For scripts of child processes, like the fixture `small_shards`."""
 

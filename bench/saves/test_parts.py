@@ -17,7 +17,8 @@ from bench import floors
 from bench.common import Training
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.checksum import crc32c
-from stepsave.format.layout import compile_layout, decode_layout, encode_layout
+from stepsave.format.layout import decode_layout, encode_layout
+from stepsave.format.planning import compile_layout
 from stepsave.format.records import LeafSpec
 from stepsave.snapshot.arena import ArenaPool, Claim, copy_thread_count
 from stepsave.snapshot.contents import Attention

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import stepsave
 from stepsave.engine import checkpointer
-from stepsave.format import layout
+from stepsave.format import planning
 from stepsave.store import places, shard_array
 from stepsave.store.bucket import BucketStore
 from stepsave.store.lock import ProcessHold
@@ -110,8 +110,8 @@ class BucketMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(places, "BucketStore", FaultyBucket)
         self.patch.setattr("stepsave.engine.writer.ShardArray", FaultyShards)
-        self.patch.setattr(layout, "SHARD_TARGET_BYTES", 32 << 10)
-        self.patch.setattr(layout, "CHUNK_LIMIT_BYTES", 8 << 10)
+        self.patch.setattr(planning, "SHARD_TARGET_BYTES", 32 << 10)
+        self.patch.setattr(planning, "CHUNK_LIMIT_BYTES", 8 << 10)
         self.place = f"memory://machine/{next(_numbers)}"
         self.states = {}  # trainer and step -> the state that was saved under it last
         self.acknowledged = None  # whose save is durable for sure, and which step

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import stepsave
 from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.engine.reader import read_backup
-from stepsave.format import layout
+from stepsave.format import planning
 from stepsave.format.marker import decode_marker
 from stepsave.store import places
 from stepsave.store.local import LocalStore
@@ -115,8 +115,8 @@ class CommitMachine(RuleBasedStateMachine):
         self.patch.setattr(places, "LocalStore", FaultyStore)
         self.patch.setattr(os, "fsync", lambda _: None)  # processes die here, not machines
         self.patch.setattr(os, "fdatasync", lambda _: None)
-        self.patch.setattr(layout, "SHARD_TARGET_BYTES", 32 << 10)
-        self.patch.setattr(layout, "CHUNK_LIMIT_BYTES", 8 << 10)
+        self.patch.setattr(planning, "SHARD_TARGET_BYTES", 32 << 10)
+        self.patch.setattr(planning, "CHUNK_LIMIT_BYTES", 8 << 10)
         self.directory = Path(tempfile.mkdtemp(prefix="stepsave-machine-"))
         self.states = {}  # step -> the state that was saved under it last
         self.acknowledged = 0  # the newest step that is durable for sure

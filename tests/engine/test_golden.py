@@ -9,7 +9,7 @@ from engine_support import assert_same_bits
 
 import stepsave
 from stepsave.format.blueprint import Blueprint
-from stepsave.format.layout import compile_layout
+from stepsave.format.planning import compile_layout
 from stepsave.format.records import FORMAT_VERSION, LeafSpec
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import dtype_name

@@ -207,13 +207,13 @@ def replaced(tmp_path, monkeypatch):
     left = []
     reading = threading.Lock()
 
-    def read_into(self, path, buffer):
+    def read_into(self, path, *arguments):
         with reading:
             if left and path.endswith("/0"):
                 step = left.pop()
                 saver.save(step, state_of(step)).wait()
                 saver.save(step + 1, state_of(step + 1)).wait()
-        real(self, path, buffer)
+        real(self, path, *arguments)
 
     monkeypatch.setattr(LocalStore, "read_into", read_into)
     saver.save(1, state_of(1)).wait()
@@ -242,9 +242,9 @@ def test_a_backup_that_is_removed_while_it_is_read_is_none(tmp_path, monkeypatch
     assert_is_state_of(stepsave.restore(tmp_path))
     real = LocalStore.read_into
 
-    def read_into(self, path, buffer):
+    def read_into(self, path, *arguments):
         saver.close(delete_backup=True)
-        real(self, path, buffer)
+        real(self, path, *arguments)
 
     monkeypatch.setattr(LocalStore, "read_into", read_into)
     assert stepsave.restore(tmp_path) is None

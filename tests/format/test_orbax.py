@@ -5,7 +5,7 @@ import pytest
 import tensorstore as ts
 
 from stepsave.format import orbax
-from stepsave.format.layout import compile_layout
+from stepsave.format.planning import compile_layout
 from stepsave.format.records import DTYPES, LeafSpec
 
 

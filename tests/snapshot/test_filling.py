@@ -10,7 +10,7 @@ from engine_support import filled, plan_of, random_array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepsave.format import layout
+from stepsave.format import planning
 from stepsave.format.records import DTYPES
 from stepsave.snapshot import filling, runs
 from stepsave.snapshot.arena import Arena
@@ -46,7 +46,7 @@ def test_every_leaf_lies_where_the_plan_says(data):
     specs = data.draw(st.lists(st.tuples(shapes, st.sampled_from(list(DTYPES))), max_size=6))
     arrays = [random_array(*spec, seed=i) for i, spec in enumerate(specs)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "CHUNK_LIMIT_BYTES", 1 << 10)
+        patch.setattr(planning, "CHUNK_LIMIT_BYTES", 1 << 10)
         plan, arena = filled(arrays, threads=data.draw(st.sampled_from([1, 3])))
     for i, array in enumerate(arrays):
         assert leaf_bytes(plan, arena, i) == array.tobytes()
@@ -93,8 +93,8 @@ def test_the_odd_bits_of_not_a_number_are_kept():
 def test_every_chunk_is_sealed_whoever_copied_it(sizes, threads):
     arrays = [random_array((size,), "uint8", seed=i) for i, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "SHARD_TARGET_BYTES", 8 << 10)
-        patch.setattr(layout, "CHUNK_LIMIT_BYTES", 2 << 10)
+        patch.setattr(planning, "SHARD_TARGET_BYTES", 8 << 10)
+        patch.setattr(planning, "CHUNK_LIMIT_BYTES", 2 << 10)
         patch.setattr(runs, "_SMALL_BYTES", 500)
         patch.setattr(runs, "_PACK_BYTES", 1500)
         plan, arena = filled(arrays, threads=threads)

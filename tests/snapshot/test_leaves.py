@@ -1,4 +1,5 @@
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from engine_support import assert_same_bits, random_array
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
 from stepsave.format.tree import Fields, NotedLeaf, flatten_state
-from stepsave.snapshot.arrays import ScatteredArray, view_on_host
+from stepsave.snapshot.arrays import ScatteredArray, bytes_of, view_on_host
 from stepsave.snapshot.leaves import assign, describe, make_like, open_leaf, wrap_key
 
 
@@ -79,12 +80,51 @@ def aligned(dtype):
     return array
 
 
-def in_pieces(array):
-    flat = array.reshape(-1).view(np.uint8)
-    return ScatteredArray(array.shape, array.dtype, (flat[:40], flat[40:41], flat[41:]))
+def scattered(array, chunk_shape):
+    grid = [range(-(-size // chunk)) for size, chunk in zip(array.shape, chunk_shape, strict=True)]
+    chunks = {
+        place: array[
+            tuple(slice(at * n, (at + 1) * n) for at, n in zip(place, chunk_shape, strict=True))
+        ].copy()
+        for place in itertools.product(*grid)
+    }
+    return ScatteredArray(array.shape, array.dtype, chunk_shape, chunks)
 
 
-@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+def in_runs(array):
+    return scattered(array, (1, 4))
+
+
+def in_blocks(array):
+    return scattered(array, (2, 3))
+
+
+def test_an_array_in_pieces_gives_each_part_and_its_bytes():
+    array = np.arange(24, dtype="float32").reshape(4, 6)
+    for pieces in (in_runs(array), in_blocks(array)):
+        assert_same_bits(np.asarray(pieces), array)
+        assert b"".join(part.tobytes() for part in bytes_of(pieces)) == array.tobytes()
+        for index in itertools.product(
+            itertools.starmap(slice, itertools.combinations(range(5), 2)),
+            itertools.starmap(slice, itertools.combinations(range(7), 2)),
+        ):
+            assert_same_bits(pieces[index], array[index])
+    whole = in_blocks(array)
+    assert whole[slice(2, 4), slice(3, 6)] is whole.chunks[1, 1], "a piece is not copied"
+
+
+def test_a_part_that_was_not_read_is_refused():
+    for pieces in (in_blocks(np.zeros((4, 6))), in_runs(np.zeros((4, 6)))):
+        del pieces.chunks[1, 0]
+        first = pieces.chunk_shape[0]
+        assert pieces[slice(0, first), slice(0, 6)].shape == (first, 6)
+        with pytest.raises(KeyError):
+            pieces[slice(0, first + 1), slice(0, 6)]
+        with pytest.raises(KeyError):
+            bytes_of(pieces)
+
+
+@pytest.mark.parametrize("cut", [lambda array: array, in_runs, in_blocks])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 def test_jax_can_donate_what_it_is_given_to_own(dtype, cut):
     jax = pytest.importorskip("jax")
@@ -113,7 +153,7 @@ class Variable:
         self._value = value
 
 
-@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+@pytest.mark.parametrize("cut", [lambda array: array, in_runs, in_blocks])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "bool"])
 def test_jax_writes_over_what_nobody_else_has(dtype, cut):
     jax = pytest.importorskip("jax")
@@ -156,7 +196,7 @@ def test_jax_makes_anew_what_was_given_away():
     assert_same_bits(np.asarray(variable.value), array)
 
 
-@pytest.mark.parametrize("cut", [lambda array: array, in_pieces])
+@pytest.mark.parametrize("cut", [lambda array: array, in_runs, in_blocks])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
 def test_tensorflow_updates_in_place_what_it_is_given_to_own(dtype, cut):
     tf = pytest.importorskip("tensorflow")

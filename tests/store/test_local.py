@@ -209,7 +209,7 @@ def test_only_regular_files_are_read(store, tmp_path, kind):
     with pytest.raises(CorruptBackupError, match=str(path)):
         store.read("file", 10)
     with pytest.raises(CorruptBackupError, match=str(path)):
-        store.read_into("file", memoryview(bytearray(1)))
+        store.read_into("file", 1, [(0, memoryview(bytearray(1)))])
     assert store.size_bytes("file") is None
 
 
@@ -221,10 +221,10 @@ def test_a_file_beyond_the_limit_is_refused_with_both_sizes(store):
 
 
 @pytest.mark.parametrize("size_bytes", [0, 4, 6])
-def test_a_buffer_of_another_size_is_refused_with_both_sizes(store, size_bytes):
+def test_a_file_of_another_size_is_refused_with_both_sizes(store, size_bytes):
     store.write("file", b"12345")
     with pytest.raises(CorruptBackupError, match=f"expected {size_bytes} bytes, found 5"):
-        store.read_into("file", memoryview(bytearray(size_bytes)))
+        store.read_into("file", size_bytes, [(0, memoryview(bytearray(size_bytes)))])
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(store, monkeypatch):
@@ -234,7 +234,17 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(store, monkeypatch):
         os, "preadv", lambda fd, views, at, *_: real(fd, views, at) if at < 0 else 0
     )
     with pytest.raises(CorruptBackupError, match="ended after 0"):
-        store.read_into("file", memoryview(bytearray(5)))
+        store.read_into("file", 5, [(0, memoryview(bytearray(5)))])
+
+
+def test_pieces_of_a_file_are_read_from_where_they_are(store):
+    data = np.random.default_rng(1).bytes(8 << 12)
+    store.write("file", data)
+    places = (1, 3), (5, 6), (7, 8)
+    pieces = [(first << 12, aligned((end - first) << 12, 0)) for first, end in places]
+    store.read_into("file", len(data), pieces)
+    for begin, buffer in pieces:
+        assert bytes(buffer) == data[begin : begin + len(buffer)]
 
 
 @pytest.mark.parametrize("cached_blocks", [0, 3, 8])
@@ -262,7 +272,7 @@ def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_is_read(
 
     monkeypatch.setattr(os, "preadv", preadv)
     buffer = aligned(len(data), 0)
-    store.read_into("file", buffer)
+    store.read_into("file", len(buffer), [(0, buffer)])
     assert bytes(buffer) == data
     if problem is not None:
         pytest.skip(f"the bits are right; this file system tells of no page cache: {problem}")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from stepsave.format import orbax
-from stepsave.format.layout import compile_layout
+from stepsave.format.planning import compile_layout
 from stepsave.format.records import LeafSpec
 from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray

@@ -121,9 +121,9 @@ class BucketCommit(Markers):
         self._write(files, but=orbax.SUCCESS_PATH)
         return self._directory
 
-    def take_written(self, plan: LayoutPlan) -> Contents | None:
+    def take_written(self, plan: LayoutPlan, numbers: range) -> Contents | None:
         """Returns None: what was written before lies under other names."""
-        del plan
+        del plan, numbers
 
     def seal(
         self,

@@ -16,9 +16,9 @@ from stepsave.engine.arguments import (
     check_threads,
     encode_training,
 )
-from stepsave.engine.likeness import fit_to
+from stepsave.engine.likeness import fit_to, needs_of
 from stepsave.engine.opening import Place
-from stepsave.engine.reader import StoredBackup
+from stepsave.engine.reader import Needs, StoredBackup
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
@@ -216,7 +216,7 @@ class Checkpointer:
         if snapshot is None:
             handle.skip()
         else:
-            handle.bytes = snapshot.blueprint.plan.state_bytes
+            handle.bytes = snapshot.share.plan.state_bytes
             request = SaveRequest(snapshot, handle, training, began_s)
             # The step by which the save happens: before it nobody writes, after it somebody does.
             self._keeper.put(functools.partial(self._directory.write, request))
@@ -247,7 +247,7 @@ class Checkpointer:
             InvalidStateError: If `like` could not be saved itself.
             BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
-        found = self.restore_leaves()
+        found = self.restore_leaves(None if like is None else needs_of(like))
         if found is None:
             return None
         # Not by the keeper: where arrays are put may depend on the caller's thread.
@@ -255,10 +255,13 @@ class Checkpointer:
         state = found.state if like is None else fit_to(like, found.flat, source)
         return Backup(found.step, state, found.metadata, found.ended)
 
-    def restore_leaves(self) -> StoredBackup | None:
-        """`restore`, flat; the arrays are views of an arena, for saves when the last has gone."""
+    def restore_leaves(self, needs: Needs | None = None) -> StoredBackup | None:
+        """`restore`, flat; the arrays are views of an arena, for saves when the last has gone.
+
+        Of those of which not all is needed, only that can be had.
+        """
         self._check_usable()
-        found, lost = self._keeper.call(self._directory.restore)
+        found, lost = self._keeper.call(functools.partial(self._directory.restore, needs))
         if lost:
             warnings.warn(lost, stacklevel=3)
         self._last_step = -1 if found is None else found.step

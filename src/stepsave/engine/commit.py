@@ -113,8 +113,8 @@ class CommitProtocol(Markers):
             self._spare_of = blueprint.records
         return SPARE
 
-    def take_written(self, plan: LayoutPlan) -> Contents | None:
-        """Returns what the shards in the spare directory hold; None if that is not known.
+    def take_written(self, plan: LayoutPlan, numbers: range) -> Contents | None:
+        """Returns what some shards in the spare directory hold; None if that is not known.
 
         To be called before anything is written there: afterwards it is known no more, until it is
         told to `seal`. Known is only what was made durable under the same plan by this object, and
@@ -123,7 +123,7 @@ class CommitProtocol(Markers):
         known_plan, contents = self._written.pop(SPARE, (None, None))
         if known_plan is not plan:
             return None
-        shards = (f"{SPARE}/{orbax.shard_path(number)}" for number in range(plan.shard_count))
+        shards = (f"{SPARE}/{orbax.shard_path(number)}" for number in numbers)
         is_whole = all(self._files.size_bytes(shard) == plan.shard_bytes for shard in shards)
         return contents if is_whole else None
 

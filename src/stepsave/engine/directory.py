@@ -9,7 +9,7 @@ from typing import Any
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.peers import Board
-from stepsave.engine.reader import StoredBackup, restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError, DirectoryBusyError
@@ -147,7 +147,7 @@ class BackupDirectory:
     def upload(self) -> None:
         """Nothing to do: there is one place."""
 
-    def restore(self) -> tuple[StoredBackup | None, str]:
+    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; see `restore_newest`."""
         number, self._restores = self._restores, self._restores + 1
         found: StoredBackup | None = None
@@ -157,7 +157,7 @@ class BackupDirectory:
             nonce = "" if self.committed is None else self.committed.nonce
             self._board.say(f"reads {number}", nonce=nonce)
         with self._told(f"restore {number}", lambda: {"nonce": self._nonce_of(found)}):
-            found, lost = restore_newest(self._store, self.protocol, self._helpers)
+            found, lost = restore_newest(self._store, self.protocol, self._helpers, needs)
         if self._board is not None:
             others = range(1, self._board.peers.count)
             self._awaited += [(f"restored {number} {rank}", rank) for rank in others]

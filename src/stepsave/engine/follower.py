@@ -9,7 +9,7 @@ from collections.abc import Callable
 from stepsave.engine.markers import Markers
 from stepsave.engine.peers import Board
 from stepsave.engine.read_only import ReadOnlyDirectory
-from stepsave.engine.reader import StoredBackup, read_backup
+from stepsave.engine.reader import Needs, StoredBackup, read_backup
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError
 from stepsave.format.records import BackupRecord
@@ -70,7 +70,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         """Never called."""
         raise AssertionError(request)
 
-    def restore(self) -> tuple[StoredBackup | None, str]:
+    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the backup that process 0 restores, at the same time.
 
         Raises:
@@ -83,21 +83,21 @@ class FollowerDirectory(ReadOnlyDirectory):
         found, error = None, None
         if first:
             try:
-                found = self._read(first)
+                found = self._read(first, needs)
             except Exception as e:  # noqa: BLE001  raised below, if process 0 can read it
                 error = e
         told = self._board.hear(f"restore {number}", _READ_S)
         if told["error"]:
             raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
         if told["nonce"] != first:  # it has fallen back
-            found = self._read(told["nonce"])
+            found = self._read(told["nonce"], needs)
         elif error is not None:
             raise error
         self._board.say(f"restored {number} {self._board.peers.rank}")
         return found, ""
 
-    def _read(self, nonce: str) -> StoredBackup:
-        return read_backup(self._store, self._record(nonce), self._helpers)
+    def _read(self, nonce: str, needs: Needs | None) -> StoredBackup:
+        return read_backup(self._store, self._record(nonce), self._helpers, needs)
 
     def _record(self, nonce: str) -> BackupRecord:
         records: list[BackupRecord] = []

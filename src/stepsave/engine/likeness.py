@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from stepsave.engine.extents import Regions
+from stepsave.engine.reader import Needs
 from stepsave.errors import BackupMismatchError, InvalidStateError
+from stepsave.format.records import LeafSpec
 from stepsave.format.tree import FlatState, flatten_state, rebuild
 from stepsave.snapshot.arrays import ArrayForm, HostArray
-from stepsave.snapshot.leaves import describe, make_like, open_leaf, wrap_key
+from stepsave.snapshot.leaves import describe, make_like, open_leaf, regions_here, wrap_key
 
-__all__ = ("fit_to",)
+__all__ = ("fit_to", "needs_of")
 
 _SHOWN = 10  # differences that an error lists
 
@@ -60,6 +61,22 @@ def fit_to(like: Any, found: FlatState, source: str) -> Any:
     return rebuild(like, _leaves(wanted, arrays, noted), open_leaf)
 
 
+def needs_of(like: Any) -> Needs | None:
+    """Returns what says which parts of arrays this process needs; None if it needs all of all."""
+    wanted = flatten_state(like, open_leaf)
+    regions = {
+        path: (tuple(leaf.shape), some)
+        for path, leaf in zip(wanted.paths, wanted.leaves, strict=True)
+        if (some := regions_here(leaf)) is not None
+    }
+
+    def needs(leaves: Sequence[LeafSpec]) -> Regions:
+        known = ((leaf, regions.get(leaf.path)) for leaf in leaves)
+        return {leaf.path: one[1] for leaf, one in known if one and one[0] == leaf.shape}
+
+    return needs if regions else None
+
+
 def _by_path(state: FlatState) -> Told:
     return {path: (kind, value) for path, kind, value in state.notes}
 
@@ -92,6 +109,6 @@ def _show(array: HostArray | ArrayForm) -> str:
 
 def _leaves(wanted: FlatState, arrays: Mapping[Path, HostArray], noted: Told) -> Iterator[Any]:
     for path, leaf in zip(wanted.paths, wanted.leaves, strict=True):
-        made = make_like(np.asarray(arrays[path]), leaf)
+        made = make_like(arrays[path], leaf)
         kind, value = noted.get(path, ("", None))
         yield wrap_key(made, value) if kind == "prng_key" else made

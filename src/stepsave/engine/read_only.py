@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from stepsave.engine.markers import Markers
-from stepsave.engine.reader import StoredBackup, restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, restore_newest
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError
 from stepsave.format.records import BackupRecord
@@ -78,7 +78,7 @@ class ReadOnlyDirectory:
         """Never called."""
         raise AssertionError(request)
 
-    def restore(self) -> tuple[StoredBackup | None, str]:
+    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; again, if it was replaced meanwhile.
 
         Raises:
@@ -91,7 +91,9 @@ class ReadOnlyDirectory:
             found, error = None, None
             before = self._read_markers()
             try:
-                found, lost = restore_newest(self._store, Markers(self._store), self._helpers)
+                found, lost = restore_newest(
+                    self._store, Markers(self._store), self._helpers, needs
+                )
             except Exception as e:  # noqa: BLE001  raised below, if nobody else is the cause
                 error = e
             if error is None and not lost:

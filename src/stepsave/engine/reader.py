@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
+from stepsave.engine.extents import Extents, Regions
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
 from stepsave.engine.markers import Markers
 from stepsave.errors import (
@@ -19,16 +21,32 @@ from stepsave.errors import (
 )
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
-from stepsave.format.layout import CHECKSUM_BYTES, decode_layout
-from stepsave.format.records import DTYPES, BackupRecord, FileRecord, LayoutPlan
+from stepsave.format.layout import (
+    CHECKSUM_BYTES,
+    PAGE_BYTES,
+    Grid,
+    chunk_count,
+    decode_layout,
+)
+from stepsave.format.records import (
+    DTYPES,
+    BackupRecord,
+    ChunkSpec,
+    FileRecord,
+    LayoutPlan,
+    LeafSpec,
+)
 from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import pages_for
-from stepsave.snapshot.arrays import SavedArray, ScatteredArray
+from stepsave.snapshot.arrays import HostArray, SavedArray, ScatteredArray
 from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
-__all__ = ("StoredBackup", "read_backup", "read_files", "read_shard", "restore_newest")
+__all__ = ("Needs", "StoredBackup", "read_backup", "read_files", "read_shard", "restore_newest")
+
+Needs = Callable[[Sequence[LeafSpec]], Regions]
+"""Says, of the arrays of a backup, which parts this process needs."""
 
 _ADVICE = (
     "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
@@ -64,7 +82,7 @@ class StoredBackup:
 
 
 def restore_newest(
-    store: Store, markers: Markers, helpers: Crew
+    store: Store, markers: Markers, helpers: Crew, needs: Needs | None = None
 ) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
@@ -82,7 +100,7 @@ def restore_newest(
     error: Exception | None = markers.problems.get(COMMIT)
     if newest is not None:
         try:
-            return read_backup(store, newest, helpers), ""
+            return read_backup(store, newest, helpers, needs), ""
         except BucketError:
             raise  # it is not lost, but out of reach
         except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
@@ -90,7 +108,7 @@ def restore_newest(
     backup = None
     if previous is not None:
         try:
-            backup = read_backup(store, previous, helpers)
+            backup = read_backup(store, previous, helpers, needs)
         except Exception as e:  # noqa: BLE001  as above
             if error is None:
                 error = e
@@ -118,11 +136,19 @@ def _as_corrupt(store: Store, error: Exception) -> Exception:
     return wrapped
 
 
-def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBackup:
+def read_backup(
+    store: Store, record: BackupRecord, helpers: Crew, needs: Needs | None = None
+) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
     All of it is read into memory that is an arena's afterwards, so that none is touched for the
     restore alone. Sizes of all files are checked before memory is allocated.
+
+    Args:
+        store: Where it is.
+        record: What the marker says.
+        helpers: Threads that read too.
+        needs: Says which parts of its arrays are needed; None for all.
 
     Raises:
         ArenaMemoryError: If there is no memory for it.
@@ -140,17 +166,19 @@ def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBack
             f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
             f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {_ADVICE}"
         )
-    shards = [f"{record.directory}/{orbax.shard_path(n)}" for n in range(plan.shard_count)]
+    extents = Extents(plan, None if needs is None else needs(plan.leaves))
+    numbers = [number for number in range(plan.shard_count) if extents.of_shard(number)]
+    shards = [f"{record.directory}/{orbax.shard_path(number)}" for number in numbers]
     _check_sizes(store, dict.fromkeys(shards, plan.shard_bytes))
 
-    pages = _make_pages(store, plan)
+    pages = _make_pages(store, plan, extents)
     memory = pages.lend()
     helpers.share(
-        range(plan.shard_count),
-        lambda number: read_shard(store, record, plan, number, _shard_of(memory, plan, number)),
+        numbers,
+        lambda number: read_shard(store, record, plan, number, memory, extents),
         helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
-    leaves = _view_leaves(plan, memory)
+    leaves = _view_leaves(plan, memory, extents)
     paths = [leaf.path for leaf in plan.leaves]
     training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
     try:
@@ -167,12 +195,12 @@ def read_backup(store: Store, record: BackupRecord, helpers: Crew) -> StoredBack
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
 
 
-def _make_pages(store: Store, plan: LayoutPlan) -> Pages:
+def _make_pages(store: Store, plan: LayoutPlan, extents: Extents) -> Pages:
     try:
-        return pages_for(plan)
+        return pages_for(plan) if extents.is_all else Pages(max(PAGE_BYTES, extents.size_bytes))
     except (OSError, MemoryError) as e:
         raise ArenaMemoryError(
-            f"{store.root}: cannot map {plan.arena_bytes / 2**20:.0f} MiB of memory for the "
+            f"{store.root}: cannot map {extents.size_bytes / 2**20:.0f} MiB of memory for the "
             f"backup: {e}. Free memory, raise the limit on it (ulimit -v), or use a larger machine."
         ) from e
 
@@ -218,14 +246,23 @@ def _check_sizes(store: Store, sizes: dict[str, int]) -> None:
         raise CorruptBackupError(f"{e} {_ADVICE}") from e
 
 
-def _shard_of(arena: Bytes, plan: LayoutPlan, number: int) -> memoryview:
-    return arena[number * plan.shard_bytes : (number + 1) * plan.shard_bytes].data
-
-
 def read_shard(
-    store: Store, record: BackupRecord, plan: LayoutPlan, number: int, memory: memoryview
+    store: Store,
+    record: BackupRecord,
+    plan: LayoutPlan,
+    number: int,
+    memory: Bytes,
+    extents: Extents | None = None,
 ) -> None:
-    """Reads a shard into page-aligned memory of its size, and verifies it there.
+    """Reads a shard, or some of it, into page-aligned memory, and verifies it there.
+
+    Args:
+        store: Where it is.
+        record: The backup's.
+        plan: Its layout.
+        number: Which shard.
+        memory: For the shard; for all that is read of the backup, if `extents` are given.
+        extents: What is read; None for all of this shard.
 
     Raises:
         CorruptBackupError: If it is not what the marker vouches for.
@@ -233,17 +270,34 @@ def read_shard(
     """
     path = f"{record.directory}/{orbax.shard_path(number)}"
     start_bytes = number * plan.shard_bytes
-    store.read_into(path, memory)
+    pieces = [(0, memory.data)]
+    if extents is not None:
+        pieces = [
+            (one.begin_bytes, memory.data[one.memory_bytes :][: one.end_bytes - one.begin_bytes])
+            for one in extents.of_shard(number)
+        ]
+    if not pieces:
+        return
+    store.read_into(path, plan.shard_bytes, pieces)
+
+    def find(offset_bytes: int, size_bytes: int) -> memoryview | None:
+        at = offset_bytes - start_bytes
+        if extents is not None:
+            at = extents.find(offset_bytes, size_bytes)
+        return None if at is None else memory.data[at : at + size_bytes]
+
     checksums = bytearray()
     for chunk in plan.shard_chunks[number]:
-        begin = chunk.offset_bytes - start_bytes
-        end = begin + chunk.stored_bytes
-        stored = bytes(memory[end : end + CHECKSUM_BYTES])
-        found = crc32c(memory[begin:end]).to_bytes(CHECKSUM_BYTES, "little")
+        seal = find(chunk.offset_bytes + chunk.stored_bytes, CHECKSUM_BYTES)
+        assert seal is not None, "the checksums of all chunks are read"
+        stored = bytes(seal)
+        data = find(chunk.offset_bytes, chunk.stored_bytes)
+        found = stored if data is None else crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
         if found != stored:
+            begin = chunk.offset_bytes - start_bytes
             raise CorruptBackupError(
                 f"{store.path(path)}: data of {plan.leaves[chunk.leaf].name!r} (chunk "
-                f"{chunk.grid}, bytes {begin} to {end}): expected CRC-32C "
+                f"{chunk.grid}, bytes {begin} to {begin + chunk.stored_bytes}): expected CRC-32C "
                 f"{int.from_bytes(stored, 'little'):08x}, found "
                 f"{int.from_bytes(found, 'little'):08x}. {_ADVICE}"
             )
@@ -256,18 +310,30 @@ def read_shard(
         )
 
 
-def _view_leaves(plan: LayoutPlan, arena: Bytes) -> list[SavedArray]:
-    """Returns the leaves as views of the arena that they were read into."""
-    parts: list[list[Bytes]] = [[] for _ in plan.leaves]
+def _view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[SavedArray]:
+    """Returns the leaves as views of the memory that they were read into."""
+    chunks: list[dict[Grid, HostArray]] = [{} for _ in plan.leaves]
     for chunk in plan.chunks:
-        parts[chunk.leaf].append(arena[chunk.offset_bytes : chunk.offset_bytes + chunk.data_bytes])
+        at = extents.find(chunk.offset_bytes, chunk.data_bytes)
+        if at is not None:
+            data = memory[at : at + chunk.data_bytes]
+            chunks[chunk.leaf][chunk.grid] = _shape_chunk(plan, chunk, data)
     leaves: list[SavedArray] = []
-    for leaf, pieces in zip(plan.leaves, parts, strict=True):
-        dtype = DTYPES[leaf.dtype]
-        if len(pieces) == 1:
-            leaves.append(pieces[0].view(dtype).reshape(leaf.shape))
-        elif not pieces:  # without elements
-            leaves.append(np.empty(leaf.shape, dtype))
+    for number, leaf in enumerate(plan.leaves):
+        pieces, shape = chunks[number], plan.chunk_shapes[number]
+        if 0 in leaf.shape:
+            leaves.append(np.empty(leaf.shape, DTYPES[leaf.dtype]))
+        elif [*pieces] == [(0,) * len(shape)] and chunk_count(leaf, shape) == 1:
+            leaves.append(next(iter(pieces.values())))
         else:
-            leaves.append(ScatteredArray(leaf.shape, dtype, tuple(pieces)))
+            leaves.append(ScatteredArray(leaf.shape, DTYPES[leaf.dtype], shape, pieces))
     return leaves
+
+
+def _shape_chunk(plan: LayoutPlan, chunk: ChunkSpec, data: Bytes) -> HostArray:
+    leaf, chunk_shape = plan.leaves[chunk.leaf], plan.chunk_shapes[chunk.leaf]
+    shape = [
+        min(size, total - at * size)
+        for at, size, total in zip(chunk.grid, chunk_shape, leaf.shape, strict=True)
+    ]
+    return data.view(DTYPES[leaf.dtype]).reshape(shape)

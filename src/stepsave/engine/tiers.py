@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
-from stepsave.engine.reader import StoredBackup, read_files
+from stepsave.engine.reader import Needs, StoredBackup, read_files
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.uploading import Uploader, UploadPace
 from stepsave.engine.writer import SaveRequest, WriterKind
@@ -115,7 +115,7 @@ class TieredDirectory:
         if record is not None and record.step >= _step_of(self._remote.committed):
             self._uploader.bring(record)
 
-    def restore(self) -> tuple[StoredBackup | None, str]:
+    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup that can be read; what is lost by that is told.
 
         Raises:
@@ -126,19 +126,19 @@ class TieredDirectory:
         self._uploader.wait()
         for place in (self._local, self._remote):
             place.protocol.read_markers()
-        found, lost = self._restore_newest()
+        found, lost = self._restore_newest(needs)
         on_disk = self._on_disk
         found_step = -1 if found is None else found.step
         if on_disk.problems or _step_of(on_disk.committed) > found_step:
             on_disk.forget()  # or it would be in the way of the saves to come
         return found, lost
 
-    def _restore_newest(self) -> tuple[StoredBackup | None, str]:
+    def _restore_newest(self, needs: Needs | None) -> tuple[StoredBackup | None, str]:
         first, second = self._newest_first()
         if self._on_disk.problems and self._remote.committed is not None:
             first, second = self._local, self._remote  # which says why it cannot be read
         try:
-            found, lost = first.restore()
+            found, lost = first.restore(needs)
             if not lost or _step_of(second.committed) <= _step_of(first.committed):
                 return found, lost
         except BucketError:
@@ -147,7 +147,7 @@ class TieredDirectory:
             if second.committed is None:
                 raise
             lost = f"stepsave: {e}"
-        found, lost_too = second.restore()
+        found, lost_too = second.restore(needs)
         if found is None:
             raise CorruptBackupError(f"{second.place}: its backup went while it was looked for.")
         return found, f"{lost} Restored step {found.step} from {second.place} instead. {lost_too}"

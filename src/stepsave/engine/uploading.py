@@ -160,7 +160,7 @@ class Uploader:
                 buffer = buffers.get_nowait()
             except queue.Empty:
                 buffer = allocate_pages(plan.shard_bytes)
-            read_shard(self._local, record, plan, number, buffer.data)
+            read_shard(self._local, record, plan, number, buffer)
             shards.write(number, buffer)
             buffers.put(buffer)  # not after an error: a request that was given up may read it
 

@@ -10,9 +10,7 @@ concurrent or interrupted. The shards of a save are written by the keeper and he
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -20,27 +18,18 @@ from typing import Literal
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.saves import SaveHandle, SaveLog
+from stepsave.engine.shard_writing import Shards
 from stepsave.errors import BackupDirectoryError
-from stepsave.format import orbax
-from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
-from stepsave.snapshot.contents import Contents
 from stepsave.store.bucket import BucketStore
-from stepsave.store.local import LocalStore
 from stepsave.store.lock import READ_ONLY_ADVICE
 from stepsave.store.places import Store
-from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Crew
 
 __all__ = ("SaveRequest", "Writer", "WriterKind", "choose_direct", "start_threads")
 
 WriterKind = Literal["auto", "direct", "tensorstore"]
-
-ShardWriter = Callable[[int, Snapshot, "Contents | None"], int]
-"""Writes what has changed in shard `number` of a snapshot durably, as it is being filled.
-
-Takes what the shard holds already, None if that is not known; returns how many bytes it wrote."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,12 +62,9 @@ class Writer:
         direct: bool,
         lanes: int,
     ) -> None:
-        self._store = store
         self._protocol = protocol
         self._log = log
-        self._helpers = helpers
-        self._direct = direct
-        self._lanes = lanes
+        self._shards = Shards(store, helpers, direct=direct, lanes=lanes)
 
     def write(self, request: SaveRequest, ready: Callable[[], None]) -> None:
         """Makes a save durable, or says in its handle why it is not.
@@ -106,9 +92,8 @@ class Writer:
         try:
             ready()
             directory = self._protocol.begin(blueprint, handle.step)
-            known = self._protocol.take_written(blueprint.plan)
-            write = self._open_shards(directory, blueprint.plan)
-            digests, written_bytes = self._write_shards(write, snapshot, known)
+            known = self._protocol.take_written(blueprint.plan, snapshot.share.shards)
+            digests, written_bytes = self._shards.write(directory, snapshot, known)
             held = snapshot.filling.held
             handle.changed_bytes, handle.written_bytes = held.changed_bytes(), written_bytes
         finally:
@@ -122,47 +107,6 @@ class Writer:
             self._protocol.abandon()
         except BaseException as e:  # noqa: BLE001  as above
             error.add_note(f"Cleaning up after it failed too: {e!r}")
-
-    def _write_shards(
-        self, write: ShardWriter, snapshot: Snapshot, known: Contents | None
-    ) -> tuple[tuple[int, ...], int]:
-        """Writes all shards.
-
-        Returns:
-            What `BackupRecord.shard_digests` describes, and how many bytes were written.
-        """
-        numbers = range(snapshot.blueprint.plan.shard_count)
-        digests, written_bytes = [0] * len(numbers), [0] * len(numbers)
-
-        def write_one(number: int) -> None:
-            written_bytes[number] = write(number, snapshot, known)
-            digests[number] = snapshot.arena.digest(number)
-
-        self._helpers.share(numbers, write_one, helpers=min(self._lanes, len(numbers)) - 1)
-        return tuple(digests), sum(written_bytes)
-
-    def _open_shards(self, directory: str, plan: LayoutPlan) -> ShardWriter:
-        """Returns the function that writes the shards of a plan into a directory."""
-        store = self._store
-        if self._direct and isinstance(store, LocalStore):
-            shards = store
-        else:
-            shards = ShardArray(store, directory, plan)
-
-        def write_changed(number: int, snapshot: Snapshot, known: Contents | None) -> int:
-            data = snapshot.arena.shard(number)
-            ranges = snapshot.filling.ranges(number, known)
-            first = next(ranges, None)
-            if first is None:
-                return 0
-            if isinstance(shards, LocalStore):
-                path = f"{directory}/{orbax.shard_path(number)}"
-                return shards.write_direct(path, data.data, itertools.chain((first,), ranges))
-            collections.deque(ranges, maxlen=0)  # until all is there
-            shards.write(number, data)
-            return plan.shard_bytes
-
-        return write_changed
 
 
 def start_threads(directory: str, lanes: int) -> tuple[Crew, Crew]:

@@ -1,13 +1,11 @@
-"""Compiles the shapes of a state into a plan: where each byte lies, once per structure.
+"""Where the bytes of a state lie, as a document: `layout.json`, beside the data.
 
-The plan cuts large leaves into chunks and deals all chunks out over equal shards. It is
-stored beside the data as `layout.json`, from which the reader takes it back. Nothing here
-touches a disk or an array.
+A writer compiles a plan (`stepsave.format.planning`) and stores it; a reader takes it back from
+here, and trusts nothing. Nothing here touches a disk or an array.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 import math
@@ -17,21 +15,29 @@ from typing import Any, cast
 from stepsave.errors import CorruptBackupError, FormatVersionError, InvalidStateError
 from stepsave.format.records import DTYPES, FORMAT_VERSION, ChunkSpec, LayoutPlan, LeafSpec
 
-__all__ = ("PAGE_BYTES", "compile_layout", "decode_layout", "encode_layout")
+__all__ = (
+    "CHECKSUM_BYTES",
+    "PAGE_BYTES",
+    "Grid",
+    "check_names",
+    "chunk_count",
+    "chunks_of",
+    "decode_layout",
+    "encode_layout",
+    "is_contiguous",
+)
 
 PAGE_BYTES = 4096
 """Shards are whole pages: O_DIRECT transfers whole blocks, at most a page in practice."""
 
-SHARD_TARGET_BYTES = 64 << 20
-"""Large enough to amortise a file, small enough that two writers share one save."""
-
-CHUNK_LIMIT_BYTES = SHARD_TARGET_BYTES // 4
-"""No chunk is larger, so dealing them out leaves shards within a quarter of each other."""
-
-ALIGNMENT_BYTES = 64
-"""A cache line: keeps vectorised copies aligned whatever the dtype."""
-
 CHECKSUM_BYTES = 4
+
+_BLOCKS_VERSION = 2
+"""Of a layout with chunks that are not contiguous in their leaf; other layouts are of version 1,
+which every stepsave reads."""
+
+Grid = tuple[int, ...]
+"""A shape, or a place in a grid: one number per axis."""
 
 # Limits of what a layout file may claim, so that a hostile one costs bounded work.
 MAX_LEAVES = 1_000_000
@@ -41,60 +47,17 @@ MAX_NAME_BYTES = 4096
 _MAX_INT64 = 2**63 - 1
 
 
-def compile_layout(leaves: Sequence[LeafSpec]) -> LayoutPlan:
-    """Decides where every leaf lies in the arena and how the arena is cut into shards.
-
-    Chunks are dealt largest first, each to the emptiest shard (the LPT rule of Graham,
-    1969), so shards come out balanced and the padding that equal shards cost is small.
-
-    Args:
-        leaves: The arrays of the state. The same leaves give the same plan.
-
-    Raises:
-        InvalidStateError: If two leaves would get the same name, or a leaf is beyond what
-            the format can hold.
-    """
-    _check_names(leaves)
-    chunk_shapes = tuple(_chunk_shape(leaf) for leaf in leaves)
-    loose = [
-        chunk
-        for i, (leaf, shape) in enumerate(zip(leaves, chunk_shapes, strict=True))
-        for chunk in _chunks_of(i, leaf, shape)
-    ]
-    total_bytes = sum(_room_bytes(chunk) for chunk in loose)
-    shard_count = max(1, -(-total_bytes // SHARD_TARGET_BYTES))
-    members = _deal(loose, shard_count)
-    shard_bytes = max(
-        (_round_up(sum(_room_bytes(loose[i]) for i in shard), PAGE_BYTES) for shard in members),
-        default=0,
-    )
-    shard_bytes = max(shard_bytes, PAGE_BYTES)
-
-    placed: dict[int, ChunkSpec] = {}
-    for number, shard in enumerate(members):
-        offset_bytes = number * shard_bytes
-        for i in sorted(shard):  # in the order of the state: capture walks memory forward
-            chunk = loose[i]
-            placed[i] = ChunkSpec(
-                chunk.leaf,
-                chunk.grid,
-                chunk.source_bytes,
-                chunk.data_bytes,
-                chunk.stored_bytes,
-                offset_bytes,
-            )
-            offset_bytes += _room_bytes(chunk)
-    chunks = tuple(placed[i] for i in range(len(loose)))
-    return LayoutPlan(tuple(leaves), chunk_shapes, chunks, shard_bytes, shard_count)
-
-
 def encode_layout(plan: LayoutPlan) -> bytes:
     """Encodes a plan as `layout.json`; docs/format.md describes the fields."""
     offsets: list[list[int]] = [[] for _ in plan.leaves]
     for chunk in plan.chunks:
         offsets[chunk.leaf].append(chunk.offset_bytes)
+    is_plain = all(
+        is_contiguous(shape, leaf.shape)
+        for leaf, shape in zip(plan.leaves, plan.chunk_shapes, strict=True)
+    )
     document = {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if is_plain else _BLOCKS_VERSION,
         "shard_bytes": plan.shard_bytes,
         "shard_count": plan.shard_count,
         "leaves": [
@@ -129,13 +92,14 @@ def decode_layout(encoded: bytes, source: str) -> LayoutPlan:
         version = document["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise CorruptBackupError(f"{source}: expected a layout in JSON, found {e!r}.") from e
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, _BLOCKS_VERSION):
         raise FormatVersionError(
             f"{source}: written in format {version!r}, but this stepsave reads format "
-            f"{FORMAT_VERSION}. Install a newer stepsave to restore this backup."
+            f"{FORMAT_VERSION} and {_BLOCKS_VERSION}. Install a newer stepsave to restore this "
+            "backup."
         )
     try:
-        return _decode(document)
+        return _decode(document, has_blocks=version == _BLOCKS_VERSION)
     except _ImpossibleError as e:
         raise CorruptBackupError(f"{source}: {e}") from e
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -146,7 +110,7 @@ class _ImpossibleError(Exception):
     """Raised for a claim in a layout that cannot be true."""
 
 
-def _decode(document: dict[str, Any]) -> LayoutPlan:
+def _decode(document: dict[str, Any], *, has_blocks: bool) -> LayoutPlan:
     shard_bytes = _integer(document["shard_bytes"], "shard_bytes", low=PAGE_BYTES)
     shard_count = _integer(document["shard_count"], "shard_count", low=1)
     if shard_bytes % PAGE_BYTES:
@@ -160,16 +124,16 @@ def _decode(document: dict[str, Any]) -> LayoutPlan:
     chunk_shapes: list[tuple[int, ...]] = []
     chunks: list[ChunkSpec] = []
     for i, entry in enumerate(entries):
-        leaf, chunk_shape = _decode_leaf(entry)
+        leaf, chunk_shape = _decode_leaf(entry, has_blocks=has_blocks)
         leaves.append(leaf)
         chunk_shapes.append(chunk_shape)
         offsets = cast("list[Any]", entry["offsets"])
-        if len(offsets) != _chunk_count(leaf, chunk_shape):
+        if len(offsets) != chunk_count(leaf, chunk_shape):
             raise _ImpossibleError(
-                f"leaf {leaf.name!r}: {_chunk_count(leaf, chunk_shape)} chunks expected, "
+                f"leaf {leaf.name!r}: {chunk_count(leaf, chunk_shape)} chunks expected, "
                 f"{len(offsets)} offsets found."
             )
-        for chunk, offset in zip(_chunks_of(i, leaf, chunk_shape), offsets, strict=True):
+        for chunk, offset in zip(chunks_of(i, leaf, chunk_shape), offsets, strict=True):
             at = _integer(offset, f"offset of leaf {leaf.name!r}")
             chunks.append(
                 ChunkSpec(
@@ -184,7 +148,7 @@ def _decode(document: dict[str, Any]) -> LayoutPlan:
         if len(chunks) > MAX_CHUNKS:
             raise _ImpossibleError(f"more than {MAX_CHUNKS} chunks.")
     try:
-        _check_names(leaves)
+        check_names(leaves)
     except InvalidStateError as e:
         raise _ImpossibleError(str(e)) from e
     if shard_count > max(1, len(chunks)):
@@ -193,7 +157,7 @@ def _decode(document: dict[str, Any]) -> LayoutPlan:
     return LayoutPlan(tuple(leaves), tuple(chunk_shapes), tuple(chunks), shard_bytes, shard_count)
 
 
-def _decode_leaf(entry: dict[str, Any]) -> tuple[LeafSpec, tuple[int, ...]]:
+def _decode_leaf(entry: dict[str, Any], *, has_blocks: bool) -> tuple[LeafSpec, Grid]:
     path = tuple(cast("list[Any]", entry["path"]))
     if not path or not all(isinstance(key, str) for key in path):
         raise _ImpossibleError(f"path {path!r} is not a list of strings.")
@@ -206,10 +170,11 @@ def _decode_leaf(entry: dict[str, Any]) -> tuple[LeafSpec, tuple[int, ...]]:
         raise _ImpossibleError(f"leaf {leaf.name!r}: shape {shape} is too large.")
     sizes = cast("list[Any]", entry["chunk_shape"])
     chunk_shape = tuple(_integer(size, f"chunk of leaf {path}", low=1) for size in sizes)
-    if len(chunk_shape) != len(shape) or not _is_contiguous(chunk_shape, shape):
+    fits = _is_even if has_blocks else is_contiguous
+    if len(chunk_shape) != len(shape) or not fits(chunk_shape, shape):
         raise _ImpossibleError(
             f"leaf {leaf.name!r}: chunk shape {chunk_shape} does not cut shape {shape} into "
-            "contiguous runs."
+            f"{'even blocks' if has_blocks else 'contiguous runs'}."
         )
     return leaf, chunk_shape
 
@@ -230,7 +195,12 @@ def _check_places(chunks: Sequence[ChunkSpec], shard_bytes: int, shard_count: in
         )
 
 
-def _check_names(leaves: Sequence[LeafSpec]) -> None:
+def check_names(leaves: Sequence[LeafSpec]) -> None:
+    """Makes sure that each leaf can be stored under its name.
+
+    Raises:
+        InvalidStateError: If one cannot, or two would get the same.
+    """
     seen: dict[str, LeafSpec] = {}
     for leaf in leaves:
         name = leaf.name
@@ -258,26 +228,8 @@ def _check_names(leaves: Sequence[LeafSpec]) -> None:
             )
 
 
-def _chunk_shape(leaf: LeafSpec) -> tuple[int, ...]:
-    """The largest chunk of at most `CHUNK_LIMIT_BYTES` that is contiguous in the leaf.
-
-    Splits the first axis whose rows fit, evenly, so that the last chunk pads little; axes
-    before it get chunks of one.
-    """
-    if leaf.size_bytes <= CHUNK_LIMIT_BYTES:
-        return tuple(max(1, size) for size in leaf.shape)
-    row_bytes = leaf.size_bytes
-    for axis, size in enumerate(leaf.shape):
-        row_bytes //= size
-        if row_bytes <= CHUNK_LIMIT_BYTES:
-            most_rows = CHUNK_LIMIT_BYTES // row_bytes
-            pieces = -(-size // most_rows)
-            rows = -(-size // pieces)
-            return (1,) * axis + (rows, *leaf.shape[axis + 1 :])
-    raise AssertionError("an element is larger than a chunk")
-
-
-def _is_contiguous(chunk_shape: Sequence[int], shape: Sequence[int]) -> bool:
+def is_contiguous(chunk_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether chunks are runs of the bytes of an array, in C order, one after the other."""
     split = next((i for i, size in enumerate(chunk_shape) if size != 1), len(shape))
     whole = all(
         chunk == max(1, size)
@@ -288,62 +240,63 @@ def _is_contiguous(chunk_shape: Sequence[int], shape: Sequence[int]) -> bool:
     )
 
 
-def _split_axis(chunk_shape: Sequence[int], shape: Sequence[int]) -> int:
-    """The axis along which consecutive chunks follow each other in memory."""
-    for axis in range(len(shape) - 1, -1, -1):
-        if chunk_shape[axis] < shape[axis]:
-            return axis
-    return 0
+def _split_axis(chunk_shape: Sequence[int]) -> int:
+    """The axis along which the rows of a chunk follow each other: alone there it may be padded."""
+    last = max(0, len(chunk_shape) - 1)
+    return next((axis for axis, size in enumerate(chunk_shape) if size != 1), last)
 
 
-def _chunk_count(leaf: LeafSpec, chunk_shape: Sequence[int]) -> int:
+def _is_even(chunk_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether chunks fit in a leaf, and end where it ends on all axes but the split one."""
+    after = _split_axis(chunk_shape) + 1
+    return all(
+        chunk <= max(1, size) for chunk, size in zip(chunk_shape, shape, strict=True)
+    ) and all(
+        size % chunk == 0 for chunk, size in zip(chunk_shape[after:], shape[after:], strict=True)
+    )
+
+
+def chunk_count(leaf: LeafSpec, chunk_shape: Sequence[int]) -> int:
+    """How many chunks of a shape a leaf has."""
     return math.prod(-(-size // chunk) for size, chunk in zip(leaf.shape, chunk_shape, strict=True))
 
 
-def _chunks_of(number: int, leaf: LeafSpec, chunk_shape: tuple[int, ...]) -> Iterator[ChunkSpec]:
-    """Yields a leaf's chunks in C order of their grid, not yet placed."""
+def chunks_of(
+    number: int, leaf: LeafSpec, chunk_shape: Grid, block_shape: Grid | None = None
+) -> Iterator[ChunkSpec]:
+    """Yields a leaf's chunks in C order of their grid, not yet placed.
+
+    Args:
+        number: Of the leaf.
+        leaf: The leaf.
+        chunk_shape: Shape of its chunks.
+        block_shape: Shape of the blocks that it lies in; None for one. No chunk crosses their
+            borders.
+    """
+    block_shape = leaf.shape if block_shape is None else block_shape
     stored_bytes = math.prod(chunk_shape) * leaf.itemsize_bytes
-    if _chunk_count(leaf, chunk_shape) == 0:
-        return
-    if not leaf.shape:
-        yield ChunkSpec(number, (), 0, stored_bytes, stored_bytes, 0)
-        return
-    axis = _split_axis(chunk_shape, leaf.shape)
-    size, rows = leaf.shape[axis], chunk_shape[axis]
-    row_bytes = stored_bytes // rows
-    after = (0,) * (len(leaf.shape) - axis - 1)
-    outer = itertools.product(*map(range, leaf.shape[:axis]))
-    for block, before in enumerate(outer):
-        for piece, row in enumerate(range(0, size, rows)):
-            yield ChunkSpec(
-                leaf=number,
-                grid=(*before, piece, *after),
-                source_bytes=(block * size + row) * row_bytes,
-                data_bytes=min(rows, size - row) * row_bytes,
-                stored_bytes=stored_bytes,
-                offset_bytes=0,
-            )
-
-
-def _deal(chunks: Sequence[ChunkSpec], shard_count: int) -> list[list[int]]:
-    shards: list[list[int]] = [[] for _ in range(shard_count)]
-    if shard_count == 1:
-        shards[0] = list(range(len(chunks)))
-        return shards
-    loads = [(0, number) for number in range(shard_count)]
-    for i in sorted(range(len(chunks)), key=lambda i: -chunks[i].stored_bytes):
-        load_bytes, number = heapq.heappop(loads)
-        shards[number].append(i)
-        heapq.heappush(loads, (load_bytes + _room_bytes(chunks[i]), number))
-    return shards
-
-
-def _room_bytes(chunk: ChunkSpec) -> int:
-    return _round_up(chunk.stored_bytes + CHECKSUM_BYTES, ALIGNMENT_BYTES)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    counts = [-(-size // chunk) for size, chunk in zip(leaf.shape, chunk_shape, strict=True)]
+    if 0 in counts:
+        return  # before lists are made, which may be long along another axis
+    stride_bytes = leaf.itemsize_bytes
+    begins: list[list[int]] = []  # by axis and place in the grid: how far into the block
+    for count, chunk, size in reversed([*zip(counts, chunk_shape, block_shape, strict=True)]):
+        begins.insert(0, [at * chunk % size * stride_bytes for at in range(count)])
+        stride_bytes *= size
+    axis = _split_axis(chunk_shape)
+    rows = chunk_shape[axis] if chunk_shape else 1
+    size = leaf.shape[axis] if chunk_shape else 1
+    grids = itertools.product(*map(range, counts))
+    for grid, begin_bytes in zip(grids, itertools.product(*begins), strict=True):
+        left = size - grid[axis] * rows if grid else rows
+        yield ChunkSpec(
+            leaf=number,
+            grid=grid,
+            source_bytes=sum(begin_bytes),
+            data_bytes=min(rows, left) * (stored_bytes // rows),
+            stored_bytes=stored_bytes,
+            offset_bytes=0,
+        )
 
 
 def _integer(value: object, what: str, *, low: int = 0) -> int:

@@ -75,14 +75,15 @@ class LeafSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkSpec:
-    """One contiguous run of a leaf's bytes, and where it lies in the arena.
+    """One contiguous run of a leaf's bytes, or of a block of it, and where it lies in the arena.
 
     In the arena the chunk is followed by the four bytes of its CRC-32C (little-endian).
 
     Attributes:
         leaf: Index of the leaf in `LayoutPlan.leaves`.
         grid: Position in the leaf's chunk grid.
-        source_bytes: Where the run starts in the leaf's C-order bytes.
+        source_bytes: Where the run starts in the C-order bytes of the leaf; in a plan of blocks,
+            in those of the block that it lies in.
         data_bytes: Length of the run. Smaller than `stored_bytes` only for the last chunk
             along a split axis; the rest of the chunk is zeros.
         stored_bytes: Length of the full chunk, checksum excluded.

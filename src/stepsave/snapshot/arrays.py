@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stepsave.errors import InvalidStateError
+from stepsave.format.layout import is_contiguous
 from stepsave.format.records import DTYPES
 
 __all__ = (
@@ -46,19 +49,56 @@ class ScatteredArray:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        parts: Its bytes in C order, one after the other.
+        chunk_shape: Shape of the pieces; the last ones along an axis may be smaller.
+        chunks: The pieces by their place in the grid; perhaps not all, where not all were wanted.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    parts: tuple[np.ndarray[Any, np.dtype[np.uint8]], ...]
+    chunk_shape: tuple[int, ...]
+    chunks: Mapping[tuple[int, ...], HostArray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
         if copy is False:
             raise ValueError("an array in pieces cannot be had without a copy")
-        whole = np.empty(self.shape, self.dtype)
-        np.concatenate(self.parts, out=whole.reshape(-1).view(np.uint8))
+        whole = self[tuple(slice(0, size) for size in self.shape)]
         return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> HostArray:
+        """Returns a part of it, one slice per axis; one that is a piece is not copied.
+
+        Raises:
+            KeyError: If a piece of that was not read.
+        """
+        bounds = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
+        grid = [
+            range(begin // size, -(-end // size))
+            for (begin, end), size in zip(bounds, self.chunk_shape, strict=True)
+        ]
+        part = np.empty([end - begin for begin, end in bounds], self.dtype)
+        for place in itertools.product(*grid):
+            chunk = self.chunks[place]
+            if chunk.shape == part.shape and math.prod(map(len, grid)) == 1:
+                return chunk
+            source: list[slice] = []
+            target: list[slice] = []
+            for axis, at in enumerate(place):
+                begin, end = bounds[axis]
+                first = at * self.chunk_shape[axis]
+                low, high = max(begin, first), min(end, first + self.chunk_shape[axis])
+                source.append(slice(low - first, high - first))
+                target.append(slice(low - begin, high - begin))
+            part[tuple(target)] = chunk[tuple(source)]
+        return part
+
+    @property
+    def runs(self) -> tuple[HostArray, ...] | None:
+        """The pieces, if one after the other they are all of it in C order."""
+        counts = (-(-n // size) for n, size in zip(self.shape, self.chunk_shape, strict=True))
+        is_all = len(self.chunks) == math.prod(counts)
+        if not is_all or not is_contiguous(self.chunk_shape, self.shape):
+            return None
+        return tuple(self.chunks[place] for place in sorted(self.chunks))
 
 
 SavedArray = HostArray | ScatteredArray
@@ -67,9 +107,9 @@ SavedArray = HostArray | ScatteredArray
 
 def bytes_of(array: SavedArray) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], ...]:
     """Returns the bytes of an array in C order, as one or several pieces of memory."""
-    if isinstance(array, ScatteredArray):
-        return array.parts
-    return (np.ascontiguousarray(array).reshape(-1).view(np.uint8),)
+    runs = array.runs if isinstance(array, ScatteredArray) else None
+    arrays = (np.asarray(array),) if runs is None else runs
+    return tuple(np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in arrays)
 
 
 Viewer = Callable[[Sequence[Any]], list[HostArray]]

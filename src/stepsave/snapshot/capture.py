@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from stepsave.format.blueprint import Blueprint
-from stepsave.format.layout import compile_layout
+from stepsave.format.planning import Share, deal_layout
 from stepsave.format.records import LeafSpec
 from stepsave.snapshot.arena import Arena, ArenaPool, Claim
 from stepsave.snapshot.arrays import (
@@ -29,6 +29,7 @@ from stepsave.snapshot.arrays import (
 from stepsave.snapshot.contents import Attention
 from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.pages import Bytes, Pages
+from stepsave.snapshot.selection import Selection, Team
 from stepsave.snapshot.staging import SnapshotMode, Source, Stager, choose_stager
 from stepsave.threads import Call, Crew
 
@@ -45,12 +46,14 @@ class Snapshot:
     """A state in host memory, or on its way there, all of one step.
 
     Attributes:
-        blueprint: The layout that it lies in the arena by.
+        blueprint: The layout of the backup.
+        share: What of it lies in the arena, and by which layout.
         arena: The buffer, the save's as long as its claim is not over.
         filling: How far it has come.
     """
 
     blueprint: Blueprint
+    share: Share
     arena: Arena
     filling: Filling
 
@@ -62,14 +65,18 @@ class _Structure:
     One object, replaced as a whole: an interruption leaves the one before or this one.
     """
 
+    selection: Selection | None
     paths: Paths
     dtypes: list[np.dtype[Any]]
     shapes: list[tuple[int, ...]]
     split: list[int]  # leaves of several chunks
     blueprint: Blueprint
+    share: Share
     attention: Attention
 
-    def fits(self, paths: Paths, arrays: Views) -> bool:
+    def fits(self, selection: Selection | None, paths: Paths, arrays: Views) -> bool:
+        if selection is not self.selection:
+            return False
         if paths is not self.paths and list(paths) != list(self.paths):
             return False
         # Two lists, compared in C: a model has thousands of variables.
@@ -81,14 +88,23 @@ class _Structure:
 class Capture:
     """Takes snapshots. Used by one thread, which may be interrupted anywhere."""
 
-    def __init__(self, crew: Crew, drain: Callable[[], None], mode: SnapshotMode = "auto") -> None:
+    def __init__(
+        self,
+        crew: Crew,
+        drain: Callable[[], None],
+        mode: SnapshotMode = "auto",
+        team: Team | None = None,
+    ) -> None:
         """Makes nothing yet: all sizes follow from the first state.
 
         Args:
             crew: Threads that help to copy.
             drain: Waits until no snapshot is in use, before arenas are made anew.
             mode: Where snapshots are taken.
+            team: The processes that save together; None if this one saves everything.
         """
+        self._team = team
+        self._selection: Selection | None = None
         self._crew = crew
         self._mode: SnapshotMode = mode
         self._stager: Stager | None = None
@@ -123,11 +139,12 @@ class Capture:
 
     def prepare(self, paths: Paths, leaves: Sequence[Any]) -> None:
         """Compiles the layout and makes the arenas; their pages come in the background."""
-        arrays = self._view(paths, unwrap(leaves))
-        pool, structure = self._fit(paths, arrays, device_name(leaves))
-        pool.bind(structure.blueprint.plan)
+        paths, leaves, selection = self._select(paths, unwrap(leaves))
+        leaves, arrays = self._view(paths, leaves, selection)
+        pool, structure = self._fit(paths, arrays, device_name(leaves), selection)
+        pool.bind(structure.share.plan)
         if self._stager is not None:
-            self._stager.prepare(unwrap(leaves))
+            self._stager.prepare(leaves)
 
     def take(
         self, paths: Paths, leaves: Sequence[Any], claim: Claim, *, block: bool
@@ -146,14 +163,14 @@ class Capture:
         arena = self._pool.acquire(claim, block=block) if self._pool else None
         if self._pool is not None and arena is None:
             return None
-        leaves = unwrap(leaves)
-        arrays = self._view(paths, leaves)
+        paths, leaves, selection = self._select(paths, unwrap(leaves))
+        leaves, arrays = self._view(paths, leaves, selection)
         lender = self._pool
-        pool, structure = self._fit(paths, arrays, device_name(leaves))
+        pool, structure = self._fit(paths, arrays, device_name(leaves), selection)
         if arena is None or pool is not lender:  # the arenas were made anew
             arena = pool.acquire(claim, block=True)
         assert arena is not None
-        arena.bind(structure.blueprint.plan)
+        arena.bind(structure.share.plan)
         if self._stager is not None:
             arena.settle(by_device=True)
             self._wait_pinned(pool)
@@ -166,7 +183,7 @@ class Capture:
         else:
             pool.lead(filling)
             stager.release()
-        return Snapshot(structure.blueprint, arena, filling)
+        return Snapshot(structure.blueprint, structure.share, arena, filling)
 
     def free_device_memory(self) -> None:
         """Gives up the copy on a device, when it is on the host; the next snapshot makes another.
@@ -228,19 +245,36 @@ class Capture:
                 raise
             self._pinned = self._pinning[1]
 
-    def _view(self, paths: Paths, leaves: Sequence[Any]) -> Views:
-        """The leaves on the host, or what they will be there if they are staged."""
+    def _select(
+        self, paths: Paths, leaves: Sequence[Any]
+    ) -> tuple[Paths, Sequence[Any], Selection | None]:
+        """Returns what of a state this process captures; None for all of it, array by array."""
+        if not Selection.is_needed(leaves, self._team):
+            return paths, leaves, None
+        selection = self._selection
+        if selection is None or not selection.fits(paths, leaves):
+            selection = self._selection = Selection(paths, leaves, self._team)
+        return selection.paths, selection.parts(leaves), selection
+
+    def _view(
+        self, paths: Paths, leaves: Sequence[Any], selection: Selection | None
+    ) -> tuple[Sequence[Any], Views]:
+        """The leaves, and they on the host, or what they will be there if they are staged."""
         if self._stager is not None and not self._stager.accepts(leaves):
             self._drain()
             self._end_pinning()
             self._is_chosen = False
         if not self._is_chosen:
-            self._stager = choose_stager(leaves, self._mode, self._stager)
+            mode = self._mode if leaves else "auto"
+            self._stager = choose_stager(leaves, mode, self._stager)
             self._pin()
             self._is_chosen = True
         if self._stager is None:
-            return view_on_host(paths, leaves)
-        return self._stager.describe(paths, leaves)
+            views = view_on_host(paths, leaves)
+            return leaves, views if selection is None else selection.cut(views)
+        if selection is not None:
+            leaves = selection.cut_on_device(list(leaves))
+        return leaves, self._stager.describe(paths, leaves)
 
     def _source(
         self, leaves: Sequence[Any], arrays: Views, structure: _Structure, arena: Arena
@@ -252,28 +286,34 @@ class Capture:
             return views.__getitem__
         if self._filling is not None:
             self._filling.wait_quiet()  # there is one copy on the device
-        return self._stager.begin(leaves, structure.blueprint.plan, arena.bytes)
+        return self._stager.begin(leaves, structure.share.plan, arena.bytes)
 
     def _fit(
         self,
         paths: Paths,
         arrays: Views,
         device: str | None,
+        selection: Selection | None,
     ) -> tuple[ArenaPool, _Structure]:
         """Returns arenas and what was compiled for these arrays, those in use if they fit."""
         pool, structure = self._pool, self._structure
-        if pool is not None and structure is not None and structure.fits(paths, arrays):
+        if pool is not None and structure is not None and structure.fits(selection, paths, arrays):
             return pool, structure
-        specs = [
-            LeafSpec(path, array.shape, dtype_name(path, array))
-            for path, array in zip(paths, arrays, strict=True)
-        ]
-        plan = compile_layout(specs)
+        if selection is None:
+            specs = [
+                LeafSpec(path, array.shape, dtype_name(path, array))
+                for path, array in zip(paths, arrays, strict=True)
+            ]
+            deal = deal_layout(specs)
+        else:
+            deal = selection.deal
+        share = deal.share(0 if self._team is None else self._team.rank)
+        plan = share.plan
         if structure is not None:
             _logger.debug(
                 "the structure of the state changed: layout compiled anew, %d arrays, %d shards",
-                len(specs),
-                plan.shard_count,
+                len(deal.plan.leaves),
+                deal.plan.shard_count,
             )
         if pool is not None and pool.capacity_bytes < plan.arena_bytes:
             self._drain()
@@ -285,11 +325,13 @@ class Capture:
             self._pin()
         chunks = collections.Counter(chunk.leaf for chunk in plan.chunks)
         structure = self._structure = _Structure(
+            selection,
             paths,
             [array.dtype for array in arrays],
             [array.shape for array in arrays],
             [leaf for leaf, count in chunks.items() if count > 1],
-            Blueprint(plan, self._items, device),
+            Blueprint(deal.plan, self._items, device),
+            share,
             Attention(),
         )
         return pool, structure

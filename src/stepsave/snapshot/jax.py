@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
 from stepsave.snapshot.arrays import SavedArray, bytes_of
 from stepsave.snapshot.jax_transfer import (
-    Cut,
     PinnedPool,
     Transfer,
+    by_device,
     bytes_by_device,
     has_pinned_memory,
     is_exhausted,
@@ -86,12 +87,9 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _check(leaf: Any) -> None:
-    if not isinstance(leaf, jax.Array):
-        raise InvalidStateError(f"expected a JAX array, found {type(leaf).__name__}.")
-    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
         raise InvalidStateError(
-            "parts of the array are with other processes alone, which this version of stepsave "
-            "does not save: only what each process has as a whole. Replicate it, or gather it."
+            f"expected a JAX array with values, found {type(leaf).__name__}. Save outside of `jit`."
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise InvalidStateError(
@@ -137,7 +135,7 @@ def wrap_key(data: jax.Array, implementation: str) -> jax.Array:
     return jax.random.wrap_key_data(data, impl=implementation)
 
 
-def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
+def make_like(array: SavedArray, like: jax.Array) -> jax.Array:
     """Returns an array of JAX, laid out over the same devices. The memory is its own.
 
     Raises:
@@ -150,14 +148,20 @@ def make_like(array: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
 
 def make_own(array: SavedArray, like: jax.Array) -> jax.Array:
     """The same of an array that JAX has a dtype for, in memory that it can donate."""
-    source = _copy_misaligned(array) if _is_on_cpu(like) else np.asarray(array)
-    return _put_like(source, like)
+    is_on_cpu = _is_on_cpu(like)
+    if len(like.sharding.device_set) == 1:
+        source = _copy_misaligned(array) if is_on_cpu else np.asarray(array)
+        return _put_like(source, like)
+
+    # Each process puts what its devices have; `device_put` would have them compare it all.
+    def part(index: Any) -> np.ndarray[Any, Any]:
+        piece = array[index]
+        return _copy_misaligned(piece) if is_on_cpu else piece
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def _put_like(source: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
-    if not like.is_fully_addressable:
-        # Each process puts what its devices have; `device_put` would have them compare it all.
-        return jax.make_array_from_callback(like.shape, like.sharding, source.__getitem__)
     if like.committed:
         return jax.device_put(source, like.sharding)
     made = jax.device_put(source)
@@ -254,7 +258,7 @@ def make_stage(pins: PinnedPool | NoPins, *, on_device: bool) -> _Stage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Programs:
-    """What copies the parts on one device: into new memory, or over the copies before."""
+    """What copies the arrays on one device: into new memory, or over the copies before."""
 
     numbers: list[int]
     copy: Any
@@ -273,8 +277,8 @@ class _Stage:
         self.on_device = on_device
         self.blocks = False
         self._pool = pins if isinstance(pins, PinnedPool) else None
-        # Replaced as one: no interruption leaves one state's cut with another's programs.
-        self._compiled: tuple[Cut, list[_Programs]] | None = None
+        # Replaced as one: no interruption leaves one state's looks with another's programs.
+        self._compiled: tuple[list[Any], list[_Programs]] | None = None
         self._copies: list[jax.Array] | None = None
 
     def prepare(self, leaves: Sequence[Any]) -> None:
@@ -282,27 +286,25 @@ class _Stage:
         self._copies = None
         self._compiled = self._compile(leaves)
 
-    def _compile(self, leaves: Sequence[Any]) -> tuple[Cut, list[_Programs]]:
-        cut = Cut(leaves)
-        if not self.on_device:
-            return cut, []
-        parts = cut.parts(leaves)
+    def _compile(self, leaves: Sequence[Any]) -> tuple[list[Any], list[_Programs]]:
         programs: list[_Programs] = []
-        for numbers in cut.by_device.values():
-            some = [parts[number] for number in numbers]
-            places = [part.sharding for part in some]
+        for numbers in by_device(leaves).values() if self.on_device else ():
+            some = [leaves[number] for number in numbers]
+            places = [leaf.sharding for leaf in some]
             copy = jax.jit(_copy_all, out_shardings=places)
             # `keep_unused`, or XLA would drop the old copy instead of reusing its memory.
             renew = jax.jit(_copy_over, out_shardings=places, donate_argnums=1, keep_unused=True)
             compiled = copy.lower(some).compile(), renew.lower(some, some).compile()
             programs.append(_Programs(numbers, *compiled))
-        return cut, programs
+        return list(map(signature, leaves)), programs
 
     def begin(self, leaves: Sequence[Any], _: object, __: object) -> Transfer:
-        if self._compiled is None or not self._compiled[0].fits(leaves):
+        if self._compiled is None or self._compiled[0] != list(map(signature, leaves)):
             self.prepare(leaves)  # of other sizes, or on other devices
         if not self.on_device:
-            return self._leave(leaves)
+            sent = send(leaves, self._pool)
+            self.blocks = sent is None
+            return Transfer(sent or send_pageable(leaves), self._pool, sent=True)
         try:
             return self._copy(leaves)
         except (TypeError, ValueError):
@@ -310,35 +312,25 @@ class _Stage:
             self.prepare(leaves)
             return self._copy(leaves)
 
-    def _leave(self, leaves: Sequence[Any]) -> Transfer:
-        assert self._compiled is not None
-        cut, _ = self._compiled
-        parts = cut.parts(leaves)
-        sent = send(parts, self._pool)
-        self.blocks = sent is None
-        return Transfer(cut, sent or send_pageable(parts), self._pool, sent=True)
-
     def _copy(self, leaves: Sequence[Any]) -> Transfer:
         assert self._compiled is not None
-        cut, programs = self._compiled
         old, self._copies = self._copies, None  # donated: lost, whatever happens
-        parts = cut.parts(leaves)
-        copies = list(parts)  # all are replaced
+        copies = list(leaves)  # all are replaced
         try:
-            for each in programs:
-                some = [parts[number] for number in each.numbers]
+            for each in self._compiled[1]:
+                some = [leaves[number] for number in each.numbers]
                 if old is None:
                     made = each.copy(some)
                 else:
                     made = each.renew(some, [old[number] for number in each.numbers])
-                for number, part in zip(each.numbers, made, strict=True):
-                    copies[number] = part
+                for number, copy in zip(each.numbers, made, strict=True):
+                    copies[number] = copy
         except jax.errors.JaxRuntimeError as e:
             if is_exhausted(e):
                 raise MemoryError(str(e)) from e
             raise
         self._copies = copies
-        return Transfer(cut, copies, self._pool, sent=False)
+        return Transfer(copies, self._pool, sent=False)
 
     def release(self) -> None:
         """Nothing: JAX keeps the order."""

@@ -1,4 +1,4 @@
-"""JAX arrays on their way to the host: each distinct part of them once, through pinned memory."""
+"""JAX arrays on their way to the host, through pinned memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 __all__ = (
-    "Cut",
     "PinnedPool",
     "Transfer",
+    "by_device",
     "bytes_by_device",
     "has_pinned_memory",
     "is_exhausted",
@@ -27,71 +27,21 @@ _BLOCK_BYTES = 64 << 20
 _PINNED = "pinned_host"
 
 
-class Cut:
-    """How arrays are cut into *parts* of one device each: one replica of each distinct shard."""
-
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        self._avals = [leaf.aval for leaf in leaves]
-        self._shardings = [leaf.sharding for leaf in leaves]
-        # Of each leaf: which of its shards, as JAX counts them, and what of the leaf they are.
-        self._shards: list[list[tuple[int | None, Any]]] = list(map(_shards, leaves))
-        self._is_plain = all(shards[0][0] is None for shards in self._shards if shards)
-        self._first: list[int] = []
-        count = 0
-        for shards in self._shards:
-            self._first.append(count)
-            count += len(shards)
-        self.by_device: dict[Any, list[int]] = {}
-        for number, part in enumerate(self.parts(leaves)):
-            (device,) = part.sharding.device_set
-            self.by_device.setdefault(device, []).append(number)
-
-    def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether these are cut likewise. A step returns arrays with the same descriptions."""
-        return [leaf.sharding for leaf in leaves] == self._shardings and [
-            leaf.aval for leaf in leaves
-        ] == self._avals
-
-    def parts(self, leaves: Sequence[Any]) -> list[jax.Array]:
-        """Returns the parts of all leaves. They share memory, so drop them before a donation."""
-        if self._is_plain:
-            return list(leaves)
-        return [
-            leaf if number is None else leaf.addressable_data(number)
-            for leaf, shards in zip(leaves, self._shards, strict=True)
-            for number, _ in shards
-        ]
-
-    def join(self, leaf: int, parts: Sequence[jax.Array]) -> np.ndarray[Any, Any]:
-        """Returns a leaf on the host, waiting for its parts."""
-        first, shards = self._first[leaf], self._shards[leaf]
-        if len(shards) == 1:
-            return np.asarray(parts[first])
-        aval = self._avals[leaf]
-        joined = np.empty(aval.shape, aval.dtype)
-        for i, (_, index) in enumerate(shards):
-            joined[index] = np.asarray(parts[first + i])
-        return joined
-
-
-def _shards(leaf: Any) -> list[tuple[int | None, Any]]:
-    if len(leaf.sharding.device_set) == 1:
-        return [(None, ...)]
-    # Of each distinct one the first that this process has.
-    first: dict[str, tuple[int | None, Any]] = {}
-    for number, shard in enumerate(leaf.addressable_shards):
-        first.setdefault(str(shard.index), (number, shard.index))
-    return list(first.values())
-
-
 def bytes_by_device(leaves: Sequence[Any]) -> dict[Any, int]:
     """Returns how much of a state has to be copied on, or sent from, each device."""
-    cut = Cut(leaves)
-    parts = cut.parts(leaves)
     return {
-        device: sum(parts[number].nbytes for number in numbers)
-        for device, numbers in cut.by_device.items()
+        device: sum(leaves[number].nbytes for number in numbers)
+        for device, numbers in by_device(leaves).items()
     }
+
+
+def by_device(leaves: Sequence[Any]) -> dict[Any, list[int]]:
+    """Returns the numbers of the arrays on each device. Each array is on one."""
+    found: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        (device,) = leaf.sharding.device_set
+        found.setdefault(device, []).append(number)
+    return found
 
 
 def has_pinned_memory(device: Any) -> bool:
@@ -142,13 +92,10 @@ class PinnedPool:
 
 
 class Transfer:
-    """Parts of arrays on their way to the host; dropped when they are there."""
+    """Arrays on their way to the host; dropped when they are there."""
 
-    def __init__(
-        self, cut: Cut, parts: list[jax.Array], pool: PinnedPool | None, *, sent: bool
-    ) -> None:
-        self._cut = cut
-        self._parts = parts
+    def __init__(self, arrays: list[jax.Array], pool: PinnedPool | None, *, sent: bool) -> None:
+        self._arrays = arrays
         self._pool = pool
         self._is_sent = sent
         self._guard = threading.Lock()
@@ -156,17 +103,17 @@ class Transfer:
     def __call__(self, leaf: int) -> np.ndarray[Any, Any]:
         with self._guard:  # the first thread that asks sends everything
             if not self._is_sent:
-                self._parts = send(self._parts, self._pool) or send_pageable(self._parts)
+                self._arrays = send(self._arrays, self._pool) or send_pageable(self._arrays)
                 self._is_sent = True
         try:
-            return self._cut.join(leaf, self._parts)
+            return np.asarray(self._arrays[leaf])
         except jax.errors.JaxRuntimeError as e:
             if self._pool is not None and is_exhausted(e):
                 self._pool.refuse(e)
             raise
 
 
-def send(parts: Sequence[jax.Array], pool: PinnedPool | None) -> list[jax.Array] | None:
+def send(arrays: Sequence[jax.Array], pool: PinnedPool | None) -> list[jax.Array] | None:
     """Starts transfers to pinned host memory, which a device can write to at full speed.
 
     Unlike `copy_to_host_async`, the arrays sent outlive the donation of those they came from.
@@ -177,7 +124,7 @@ def send(parts: Sequence[jax.Array], pool: PinnedPool | None) -> list[jax.Array]
     if pool is None or pool.is_refused:
         return None
     try:
-        return _to_pinned(parts)
+        return _to_pinned(arrays)
     except jax.errors.JaxRuntimeError as e:
         if not is_exhausted(e):
             raise
@@ -185,19 +132,19 @@ def send(parts: Sequence[jax.Array], pool: PinnedPool | None) -> list[jax.Array]
         return None
 
 
-def send_pageable(parts: Sequence[jax.Array]) -> list[jax.Array]:
+def send_pageable(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Starts transfers to memory that NumPy can read; on the CPU shares it."""
     # Arrays of their own, as JAX keeps with an array what it has brought to the host.
-    own = [part.addressable_data(0) for part in parts]
-    for part in own:
-        part.copy_to_host_async()
+    own = [array.addressable_data(0) for array in arrays]
+    for array in own:
+        array.copy_to_host_async()
     return own
 
 
-def _to_pinned(parts: Sequence[jax.Array]) -> list[jax.Array]:
-    places = [part.sharding.with_memory_kind(_PINNED) for part in parts]
+def _to_pinned(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    places = [array.sharding.with_memory_kind(_PINNED) for array in arrays]
     # What is in pinned memory already is copied too: the next step may donate it.
-    return jax.device_put(list(parts), places, may_alias=False)
+    return jax.device_put(list(arrays), places, may_alias=False)
 
 
 def is_exhausted(error: Exception) -> bool:

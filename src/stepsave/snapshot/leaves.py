@@ -11,10 +11,21 @@ import numpy as np
 
 from stepsave.errors import InvalidStateError
 from stepsave.format.tree import Fields, NotedLeaf
-from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray, backend_of, bytes_of
+from stepsave.snapshot.arrays import ArrayForm, SavedArray, backend_of, bytes_of
 from stepsave.snapshot.contents import digest
 
-__all__ = ("assign", "describe", "holds", "make_like", "open_leaf", "settle", "wrap_key")
+__all__ = (
+    "assign",
+    "describe",
+    "holds",
+    "make_like",
+    "open_leaf",
+    "regions_here",
+    "settle",
+    "wrap_key",
+)
+
+Region = tuple[slice, ...]
 
 
 def open_leaf(value: Any) -> NotedLeaf | Fields | None:
@@ -51,7 +62,17 @@ def describe(leaf: Any) -> ArrayForm:
     return ArrayForm(*_module(backend).describe([leaf])[0])
 
 
-def make_like(array: HostArray, like: Any) -> Any:
+def regions_here(leaf: Any) -> list[Region] | None:
+    """Returns what of an array the devices of this process have; None if that is all of it."""
+    backend = backend_of(leaf)
+    if backend == "keras":
+        return regions_here(leaf.value)
+    if backend != "jax":
+        return None
+    return importlib.import_module("stepsave.snapshot.jax_blocks").regions_here(leaf)
+
+
+def make_like(array: SavedArray, like: Any) -> Any:
     """Returns the values of an array as what another leaf is, where that one is.
 
     Args:
@@ -61,6 +82,9 @@ def make_like(array: HostArray, like: Any) -> Any:
     backend = backend_of(like)
     if backend == "keras":
         return make_like(array, like.value)
+    if backend == "jax":  # of a part of an array, where this process has no more
+        return _module(backend).make_like(array, like)
+    array = np.asarray(array)
     if backend != "numpy":
         return _module(backend).make_like(array, like)
     if isinstance(like, np.ndarray):

@@ -13,14 +13,14 @@ from __future__ import annotations
 import errno
 import functools
 import importlib
-import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from stepsave.errors import BucketError, CorruptBackupError
 from stepsave.store.addresses import Address
+from stepsave.store.direct import Piece
 from stepsave.store.lock import ProcessHold
 
 __all__ = ("NO_OBJECT", "BucketStore")
@@ -123,21 +123,27 @@ class BucketStore:
         data = bytes(found.value) if found.state == "value" else None
         return data, bytes(found.stamp.generation)
 
-    def read_into(self, path: str, buffer: memoryview) -> None:
-        """Fills a buffer with an object of exactly that size.
+    def read_into(self, path: str, size_bytes: int, pieces: Iterable[Piece]) -> None:
+        """Reads pieces of an object, all at once.
+
+        Args:
+            path: The object.
+            size_bytes: How large it is at least.
+            pieces: Where in it to begin, and where to.
 
         Raises:
             FileNotFoundError: If there is none.
             CorruptBackupError: If it is smaller.
             BucketError: If it cannot be read.
         """
-        edges = [*range(0, len(buffer), _READ_BYTES), len(buffer)]
+        del size_bytes  # each answer is proved by its own
         parts = [
-            (begin, end, self._kv.read(path, byte_range=slice(begin, end)))
-            for begin, end in itertools.pairwise(edges)
+            (first, some, self._kv.read(path, byte_range=slice(first, first + len(some))))
+            for begin, buffer in pieces
+            for first, some in _cut(begin, buffer)
         ]
-        for begin, end, part in parts:
-            buffer[begin:end] = self._part(part, path, end, end - begin)
+        for first, some, part in parts:
+            some[:] = self._part(part, path, first + len(some), len(some))
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Makes sure that objects are there and not smaller than they should be.
@@ -259,6 +265,11 @@ class BucketStore:
         except ValueError as e:  # a spec that it does not understand
             raise self._explain(e, "open it") from e
         return self.wait(opened, "open it")
+
+
+def _cut(begin: int, buffer: memoryview) -> Iterator[Piece]:
+    for at in range(0, len(buffer), _READ_BYTES):
+        yield begin + at, buffer[at : at + _READ_BYTES]
 
 
 def _range_of(prefix: str) -> Any:

@@ -8,26 +8,34 @@ import fcntl
 import os
 from collections.abc import Iterable
 
-__all__ = ("BLOCK_BYTES", "fill", "overwrite")
+__all__ = ("BLOCK_BYTES", "Piece", "fill", "overwrite")
 
 BLOCK_BYTES = 4096
 """What O_DIRECT transfers is whole blocks, at most a page in practice."""
 
+Piece = tuple[int, memoryview]
+"""Where in a file some bytes begin, and memory for them."""
 
-def fill(fd: int, buffer: memoryview) -> int:
-    """Fills a buffer from the head of an open file.
 
-    As far as that is in the page cache already, it is taken from there. The rest bypasses it where
-    the file system lets it.
+def fill(fd: int, buffer: memoryview, begin: int = 0) -> int:
+    """Fills a buffer from some place in an open file.
+
+    As far as its head is in the page cache already, it is taken from there. The rest bypasses that
+    where the file system lets it.
+
+    Args:
+        fd: The file.
+        buffer: Page-aligned memory of whole blocks, for a direct read.
+        begin: Where to begin, at a whole block.
 
     Returns:
         How many bytes there were.
     """
-    done = _read_cached(fd, buffer)
+    done = _read_cached(fd, buffer, begin)
     is_direct = len(buffer) % BLOCK_BYTES == 0 and _set_direct(fd)
     while done < len(buffer):
         try:
-            got = os.preadv(fd, [buffer[done:]], done)
+            got = os.preadv(fd, [buffer[done:]], begin + done)
         except OSError as e:
             if not is_direct or e.errno != errno.EINVAL:
                 raise
@@ -64,8 +72,8 @@ def overwrite(fd: int, data: memoryview, ranges: Iterable[tuple[int, int]]) -> i
     return written_bytes
 
 
-def _read_cached(fd: int, buffer: memoryview) -> int:
-    """Reads whole blocks from the head of a file, as far as they are in the page cache.
+def _read_cached(fd: int, buffer: memoryview, begin: int) -> int:
+    """Reads whole blocks from some place in a file, as far as they are in the page cache.
 
     Returns:
         How many bytes that were.
@@ -74,7 +82,7 @@ def _read_cached(fd: int, buffer: memoryview) -> int:
     if hasattr(os, "RWF_NOWAIT"):
         # No more is there, or the file system cannot tell; what is wrong, a read that waits finds.
         with contextlib.suppress(OSError):
-            while got := os.preadv(fd, [buffer[done:]], done, os.RWF_NOWAIT):
+            while got := os.preadv(fd, [buffer[done:]], begin + done, os.RWF_NOWAIT):
                 done += got
     return done - done % BLOCK_BYTES
 

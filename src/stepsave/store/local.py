@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
-from stepsave.store.direct import BLOCK_BYTES, fill, overwrite
+from stepsave.store.direct import BLOCK_BYTES, Piece, fill, overwrite
 from stepsave.store.lock import DirectoryLock
 
 __all__ = ("LocalStore",)
@@ -133,33 +133,36 @@ class LocalStore:
             with os.fdopen(os.dup(fd), "rb") as file:
                 return file.read()
 
-    def read_into(self, path: str, buffer: memoryview) -> None:
-        """Fills a buffer with a whole file of exactly that size.
+    def read_into(self, path: str, size_bytes: int, pieces: Iterable[Piece]) -> None:
+        """Reads pieces of a file of exactly that size.
 
-        As far as its head is in the page cache already, it is taken from there. The rest bypasses
-        that where the file system lets it: what is read once needs no copy of it kept, and a
-        restore must not push out what others have cached.
+        As far as their heads are in the page cache already, they are taken from there. The rest
+        bypasses that where the file system lets it: what is read once needs no copy of it kept,
+        and a restore must not push out what others have cached.
 
         Args:
             path: The file.
-            buffer: Where to; page-aligned memory of whole blocks for a direct read.
+            size_bytes: How large it is.
+            pieces: Where in the file to begin, and where to; whole blocks of the file and
+                page-aligned memory for a direct read.
 
         Raises:
             FileNotFoundError: If there is none.
             CorruptBackupError: If its size differs.
             OSError: If it cannot be read.
         """
-        with self._open_regular(path) as (fd, size_bytes):
-            if size_bytes != len(buffer):
+        with self._open_regular(path) as (fd, found_bytes):
+            if found_bytes != size_bytes:
                 raise CorruptBackupError(
-                    f"{self.root / path}: expected {len(buffer)} bytes, found {size_bytes}."
+                    f"{self.root / path}: expected {size_bytes} bytes, found {found_bytes}."
                 )
-            done = fill(fd, buffer)
-            if done < size_bytes:
-                raise CorruptBackupError(
-                    f"{self.root / path}: expected {len(buffer)} bytes, but it ended "
-                    f"after {done} while being read."
-                )
+            for begin, buffer in pieces:
+                done = fill(fd, buffer, begin)
+                if done < len(buffer):
+                    raise CorruptBackupError(
+                        f"{self.root / path}: expected {size_bytes} bytes, but it ended "
+                        f"after {begin + done} while being read."
+                    )
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file and syncs its contents; its directory entry is not synced."""

@@ -1,0 +1,146 @@
+"""JAX arrays in blocks: what of an array each device has, here and in other processes."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from stepsave.errors import InvalidStateError
+from stepsave.format.layout import Grid
+from stepsave.format.planning import Spread
+
+__all__ = ("Region", "Spreads", "cut_parts", "has_many_devices", "regions_here")
+
+Region = tuple[slice, ...]
+"""A part of an array, one slice per axis, with both ends."""
+
+
+def has_many_devices() -> bool:
+    """Whether an array can lie on several devices of this process."""
+    return jax.local_device_count() > 1
+
+
+class Spreads:
+    """How arrays lie on devices, each kind of array found out once: there may be many of each."""
+
+    def __init__(self, *, is_alone: bool) -> None:
+        """Knows of no array yet.
+
+        Args:
+            is_alone: Whether there is no other process.
+        """
+        self._is_alone = is_alone
+        self._known: dict[tuple[Any, Grid], Spread] = {}
+        self._bytes_of: collections.Counter[Any] = collections.Counter()
+
+    def of(self, leaf: Any) -> Spread | None:
+        """How an array lies on the devices of all processes; None if this process has it alone.
+
+        Raises:
+            InvalidStateError: If it lies in parts that processes do not have in common.
+        """
+        if not isinstance(leaf, jax.Array):
+            return None
+        sharding: Any = leaf.sharding
+        if len(sharding.device_set) == 1:
+            return None
+        if leaf.is_fully_addressable and not self._is_alone:
+            if leaf.is_fully_replicated:
+                return None
+            raise InvalidStateError(
+                "expected an array that all processes have in common, or one device, found one "
+                "in parts on several devices of this process alone. Put it on a mesh of all."
+            )
+        key = sharding, leaf.shape
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = _spread(sharding, leaf.shape)
+        return found
+
+    def choose(self, leaf: Any, spread: Spread | None, block: Grid) -> int | None:
+        """Returns which of an array's shards here is a block; None for an array on one device.
+
+        Of replicas that of the device that has to send least so far.
+        """
+        if not isinstance(leaf, jax.Array):
+            return None
+        sharding: Any = leaf.sharding
+        if len(sharding.device_set) == 1:
+            return None
+        shape = leaf.shape if spread is None else spread.block_shape
+        shards = leaf.addressable_shards
+        some = [i for i, shard in enumerate(shards) if _place(shard.index, shape) == block]
+        number = min(some, key=lambda i: self._bytes_of[shards[i].device])
+        self._bytes_of[shards[number].device] += shards[number].data.nbytes
+        return number
+
+
+def _spread(sharding: Any, shape: Grid) -> Spread:
+    try:
+        block_shape: Grid = tuple(sharding.shard_shape(shape))
+        indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+    except ValueError as e:
+        raise InvalidStateError(
+            f"expected an array that its sharding cuts into equal parts: {e}."
+        ) from e
+    holders: dict[Grid, set[int]] = collections.defaultdict(set)
+    for device, index in indices.items():
+        holders[_place(index, block_shape)].add(device.process_index)
+    return Spread(block_shape, {block: tuple(sorted(some)) for block, some in holders.items()})
+
+
+def _place(index: Sequence[slice], block_shape: Grid) -> Grid:
+    """The place of a shard in the grid of blocks."""
+    return tuple(
+        (cut.start or 0) // max(1, size) for cut, size in zip(index, block_shape, strict=True)
+    )
+
+
+def regions_here(array: Any) -> list[Region] | None:
+    """Returns what of an array the devices of this process have; None if that is all of it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return None
+    shape = array.shape
+    found = {
+        tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
+        for index in map(_index_of, array.addressable_shards)
+    }
+    return sorted(found, key=lambda region: [cut.start for cut in region])
+
+
+def _index_of(shard: Any) -> Sequence[slice]:
+    return shard.index
+
+
+def cut_parts(parts: Sequence[Any], cuts: Sequence[Region | None]) -> list[Any]:
+    """Returns pieces of arrays, cut out on their devices, for those that are to be cut."""
+    by_device: dict[Any, list[int]] = collections.defaultdict(list)
+    made = list(parts)
+    for number, (part, cut) in enumerate(zip(parts, cuts, strict=True)):
+        if cut is not None:
+            by_device[part.sharding].append(number)
+    for numbers in by_device.values():
+        bounds = tuple(_bounds(cuts[number]) for number in numbers)
+        pieces = _cut([parts[number] for number in numbers], bounds)
+        for number, piece in zip(numbers, pieces, strict=True):
+            made[number] = piece
+    return made
+
+
+def _bounds(cut: Region | None) -> tuple[tuple[int, int], ...]:
+    assert cut is not None
+    return tuple((one.start, one.stop) for one in cut)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(
+    parts: Sequence[jax.Array], bounds: tuple[tuple[tuple[int, int], ...], ...]
+) -> list[jax.Array]:
+    return [
+        part[tuple(slice(*bound) for bound in some)]
+        for part, some in zip(parts, bounds, strict=True)
+    ]
