@@ -109,7 +109,7 @@ class BucketMachine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(places, "BucketStore", FaultyBucket)
-        self.patch.setattr("stepsave.engine.writer.ShardArray", FaultyShards)
+        self.patch.setattr("stepsave.engine.shard_writing.ShardArray", FaultyShards)
         self.patch.setattr(planning, "SHARD_TARGET_BYTES", 32 << 10)
         self.patch.setattr(planning, "CHUNK_LIMIT_BYTES", 8 << 10)
         self.place = f"memory://machine/{next(_numbers)}"

@@ -238,7 +238,7 @@ def leaf_change(number, **fields):
 
 
 LAYOUTS = {
-    "future format": lambda d: d.update(format=2),
+    "future format": lambda d: d.update(format=3),
     "unknown dtype": leaf_change(0, dtype="object"),
     "code for a dtype": leaf_change(0, dtype="O,i4"),
     "overlapping chunks": leaf_change(1, offsets=[0]),

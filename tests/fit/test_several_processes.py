@@ -65,6 +65,41 @@ data = tf.data.Dataset.from_tensor_slices((mine, mine[:, :3])).batch(3)
     )
 )
 
+SPREAD = (
+    CODE.replace(
+        """
+keras.distribution.set_distribution(
+    keras.distribution.DataParallel(devices=keras.distribution.list_devices(),
+                                    auto_shard_dataset=False))
+""",
+        """
+mesh = keras.distribution.DeviceMesh((1, len(jax.devices())), ("batch", "model"),
+                                     keras.distribution.list_devices())
+layout = keras.distribution.LayoutMap(mesh)
+layout[".*kernel"] = (None, "model")
+layout[".*bias"] = ("model",)
+keras.distribution.set_distribution(keras.distribution.ModelParallel(
+    layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False))
+mine = rows  # what is spread is the model
+""",
+    )
+    .replace(".batch(3)", ".batch(6)")
+    .replace("Dense(3)", "Dense(4)")
+    .replace("mine[:, :3]", "mine")
+    .replace(
+        "weights = b",
+        """
+if pause_s == 0:
+    kernel = model.layers[-1].kernel.value
+    assert kernel.sharding.shard_shape(kernel.shape) == (4, 4 // len(jax.devices()))
+    print("captured", backup.stats().state_bytes // backup.stats().started, flush=True)
+from jax.experimental import multihost_utils
+model.get_weights = lambda: [
+    multihost_utils.process_allgather(v.value, tiled=True) for v in model.weights]
+weights = b""",
+    )
+)
+
 pytestmark = pytest.mark.skipif(
     os.environ["KERAS_BACKEND"] != "jax",
     reason="on PyTorch `fit` knows of one process; under TensorFlow's strategy for several workers "
@@ -76,18 +111,19 @@ def environment(rank, count, port):  # noqa: ARG001
     return {"KERAS_BACKEND": "jax"}
 
 
-def test_a_fit_of_two_processes_that_are_killed_goes_on_as_if_nothing_had_happened(tmp_path):
-    with Processes(CODE, tmp_path / "whole", 0, environment=environment) as whole:
+@pytest.mark.parametrize("code", [CODE, SPREAD], ids=["data parallel", "model parallel"])
+def test_a_fit_of_two_processes_that_are_killed_goes_on_as_if_nothing_had_happened(tmp_path, code):
+    with Processes(code, tmp_path / "whole", 0, environment=environment) as whole:
         expected = whole.results()
     assert expected[0][-1] == expected[1][-1]
     assert stepsave.restore(tmp_path / "whole").step == 24
-    with Processes(CODE, tmp_path / "killed", 0.05, environment=environment) as killed:
+    with Processes(code, tmp_path / "killed", 0.05, environment=environment) as killed:
         for batch in (7, 3):  # of the second epoch
             killed.wait_for(f"batch {batch}")
         killed.kill()
     begun = stepsave.restore(tmp_path / "killed").step
     assert 9 <= begun <= 13
-    with Processes(CODE, tmp_path / "killed", 0, environment=environment) as again:
+    with Processes(code, tmp_path / "killed", 0, environment=environment) as again:
         found = again.results()
     assert [lines[-2:] for lines in found] == [["epochs 2", expected[0][-1]]] * 2
     assert stepsave.restore(tmp_path / "killed").step == 24

@@ -121,7 +121,7 @@ class BucketCommit(Markers):
         self._write(files, but=orbax.SUCCESS_PATH)
         return self._directory
 
-    def take_written(self, plan: LayoutPlan, numbers: range) -> Contents | None:
+    def take_written(self, plan: LayoutPlan, numbers: range) -> None:
         """Returns None: what was written before lies under other names."""
         del plan, numbers
 
@@ -132,6 +132,7 @@ class BucketCommit(Markers):
         training: bytes,
         digests: tuple[int, ...],
         contents: Contents | None = None,
+        files: tuple[FileRecord, ...] = (),
     ) -> BackupRecord:
         """Completes a backup, durably; see `CommitProtocol.seal`."""
         del contents
@@ -148,7 +149,7 @@ class BucketCommit(Markers):
             step=step,
             directory=self._directory,
             nonce=os.urandom(16).hex(),
-            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed),
+            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed, *files),
             shard_bytes=blueprint.plan.shard_bytes,
             shard_digests=digests,
         )

@@ -24,7 +24,6 @@ from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
 from stepsave.format.tree import flatten_state
-from stepsave.snapshot.arrays import check_saveable
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import open_leaf
 from stepsave.snapshot.staging import SnapshotMode
@@ -46,7 +45,6 @@ class Checkpointer:
         with stepsave.Checkpointer("backup") as saver:
             backup = saver.restore()
             step = backup.step if backup else 0
-            ...
             saver.save(step, {"weights": weights}, {"epoch": epoch})
         ```
     """
@@ -97,7 +95,7 @@ class Checkpointer:
         self._close_error: BaseException | None = None
         self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
-        self._capture = Capture(self._helpers, drain=self._log.drain, mode=snapshot)
+        self._capture = Capture(self._helpers, self._log.drain, snapshot, place.team)
         self._directory = place.make_directory(self._log, self._helpers)
         try:
             self._last_step = self._keeper.call(
@@ -132,11 +130,9 @@ class Checkpointer:
         return self._directory.is_released
 
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
-        """Sets constant texts to store with every backup from now on.
+        """Sets Orbax checkpointables to store beside the state from now on, each a dict of strings.
 
-        Args:
-            items: Orbax checkpointables beside the state, each a dict of strings, such as Keras's
-                `{"model_config": {"config": …}}`.
+        Such as Keras's `{"model_config": {"config": …}}`.
         """
         self._capture.attach(items)
 
@@ -205,8 +201,6 @@ class Checkpointer:
         training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
         if not self._directory.saves_here:
-            if self._last_step < 0:
-                check_saveable(paths, leaves)  # what process 0 refuses, all refuse
             self._last_step = handle.leave()
             return handle
         # Interrupted from here on, the save is left behind, and the next call settles it.
@@ -215,6 +209,7 @@ class Checkpointer:
         snapshot = self._capture.take(paths, leaves, handle.claim, block=block)
         if snapshot is None:
             handle.skip()
+            self._keeper.put(functools.partial(self._directory.pass_over, step))
         else:
             handle.bytes = snapshot.share.plan.state_bytes
             request = SaveRequest(snapshot, handle, training, began_s)
@@ -397,6 +392,8 @@ class Checkpointer:
         if handle in self._log or not handle.claim.drop():
             self._last_step = handle.step
             self._log.add(handle)
+        else:
+            self._keeper.put(functools.partial(self._directory.pass_over, handle.step))
         self._unfinished = None
 
 

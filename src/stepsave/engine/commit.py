@@ -27,6 +27,8 @@ from stepsave.engine.known_files import (
     SPARE,
     TEMPORARY_NAMES,
     TRAINING_PATH,
+    is_spare,
+    is_training,
     refuse_foreign,
     remove_known,
     without_junk,
@@ -41,19 +43,46 @@ from stepsave.snapshot.contents import Contents
 from stepsave.store.local import LocalStore
 from stepsave.store.lock import READ_ONLY_ADVICE
 
-__all__ = ("CommitProtocol",)
+__all__ = ("CommitProtocol", "Written")
 
 _logger = logging.getLogger("stepsave")
 
-_CHANGING = (TRAINING_PATH, orbax.METADATA_PATH)
-"""The files that are written anew by each save, beside the shards."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+    """What shards are known to hold.
+
+    Attributes:
+        plan: The layout.
+        contents: What this process wrote there.
+        nonce: Of the backup that they were.
+    """
+
+    plan: LayoutPlan
+    contents: Contents
+    nonce: str
+
+
+def _is_changing(path: str) -> bool:
+    """Whether a file is written anew by each save, beside the shards."""
+    return path == orbax.METADATA_PATH or is_training(path)
 
 
 class CommitProtocol(Markers):
     """The backups in one directory. Used by one thread at a time."""
 
-    def __init__(self, store: LocalStore, *, double_checkpoint: bool) -> None:
+    def __init__(
+        self, store: LocalStore, *, double_checkpoint: bool, is_shared: bool = False
+    ) -> None:
         """Looks at the directory and refuses it if something in it is not stepsave's.
+
+        Args:
+            store: The directory.
+            double_checkpoint: Whether the backup before the newest is kept too.
+            is_shared: Whether other processes write there too: then no name of a directory that
+                is not valid is ever used twice. A machine that has one name in its cache, or was
+                halted before it opened a file, could else write into a backup that has become
+                valid meanwhile.
 
         Raises:
             BackupDirectoryError: If the directory holds something foreign.
@@ -61,9 +90,11 @@ class CommitProtocol(Markers):
         super().__init__(store)
         self._files = store
         self._double = double_checkpoint
+        self._is_shared = is_shared
+        self._spare = self._name_spare()
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
         # What shards are known to hold, by directory: what this object has seen made durable.
-        self._written: dict[str, tuple[LayoutPlan, Contents]] = {}
+        self._written: dict[str, Written] = {}
         self._collected = False
         # Directories that somebody still reads when they are retired, and those that are read now.
         self._left: list[BackupRecord] = []
@@ -108,24 +139,25 @@ class CommitProtocol(Markers):
         self._retire_left()
         if blueprint.records != self._spare_of:
             if not self._spare_fits(blueprint):
-                self._remove_backup(SPARE)
+                self._remove_backup(self._spare)
+                self._spare = self._name_spare()
                 self._make_spare(blueprint)
             self._spare_of = blueprint.records
-        return SPARE
+        return self._spare
 
-    def take_written(self, plan: LayoutPlan, numbers: range) -> Contents | None:
+    def take_written(self, plan: LayoutPlan, numbers: range) -> Written | None:
         """Returns what some shards in the spare directory hold; None if that is not known.
 
         To be called before anything is written there: afterwards it is known no more, until it is
         told to `seal`. Known is only what was made durable under the same plan by this object, and
         by a save that did not fail: an old piece must never be taken for a new one.
         """
-        known_plan, contents = self._written.pop(SPARE, (None, None))
-        if known_plan is not plan:
+        written = self._written.pop(self._spare, None)
+        if written is None or written.plan is not plan:
             return None
-        shards = (f"{SPARE}/{orbax.shard_path(number)}" for number in numbers)
+        shards = (f"{self._spare}/{orbax.shard_path(number)}" for number in numbers)
         is_whole = all(self._files.size_bytes(shard) == plan.shard_bytes for shard in shards)
-        return contents if is_whole else None
+        return written if is_whole else None
 
     def seal(
         self,
@@ -134,6 +166,7 @@ class CommitProtocol(Markers):
         training: bytes,
         digests: tuple[int, ...],
         contents: Contents | None = None,
+        files: tuple[FileRecord, ...] = (),
     ) -> BackupRecord:
         """Completes the spare directory and gives it its final name, durably.
 
@@ -142,25 +175,26 @@ class CommitProtocol(Markers):
             step: Global step of the save.
             training: Contents of `training.json`.
             digests: What `BackupRecord.shard_digests` describes.
-            contents: What the shards hold, which are durable; None if that is not known.
+            contents: What the shards hold that this process wrote; None if that is not known.
+            files: What others have written beside their shards.
         """
         metadata = orbax.checkpoint_metadata(blueprint.items, self._begin_ns, time.time_ns())
         changing = {TRAINING_PATH: training, orbax.METADATA_PATH: metadata}
         for path, data in changing.items():
-            self._files.write(f"{SPARE}/{path}", data)
+            self._files.write(f"{self._spare}/{path}", data)
         # Without it a power cut can lose the entries of the files just written.
-        self._files.sync_directory(SPARE)
-        directory = str(step)
-        self._files.rename(SPARE, directory)
+        self._files.sync_directory(self._spare)
+        directory, nonce = str(step), os.urandom(16).hex()
+        self._files.rename(self._spare, directory)
         self._spare_of = frozenset()
         if contents is not None:
-            self._written[directory] = blueprint.plan, contents
+            self._written[directory] = Written(blueprint.plan, contents, nonce)
         changed = (FileRecord.of(path, data) for path, data in changing.items())
         return BackupRecord(
             step=step,
             directory=directory,
-            nonce=os.urandom(16).hex(),
-            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed),
+            nonce=nonce,
+            files=(*sorted(blueprint.records, key=lambda file: file.path), *changed, *files),
             shard_bytes=blueprint.plan.shard_bytes,
             shard_digests=digests,
         )
@@ -214,8 +248,8 @@ class CommitProtocol(Markers):
         self._spare_of = frozenset()
         self._written.clear()
         self._collected = False
-        if self._files.exists(SPARE):
-            self._remove_backup(SPARE)
+        if self._files.exists(self._spare):
+            self._remove_backup(self._spare)
 
     def delete_all(self) -> None:
         """Removes every backup, markers first, and nothing that stepsave did not write."""
@@ -224,7 +258,7 @@ class CommitProtocol(Markers):
         self.committed = self.previous = None
         self.problems.clear()
         for name in self._files.list():
-            if name == SPARE or name.isdigit():
+            if is_spare(name) or name.isdigit():
                 self._remove_backup(name)
         for name in TEMPORARY_NAMES:
             self._files.remove(name)
@@ -239,16 +273,17 @@ class CommitProtocol(Markers):
             self._left.append(record)
             return
         written = self._written.pop(record.directory, None)
-        self._files.rename(record.directory, SPARE)
-        self._spare_of = frozenset(file for file in record.files if file.path not in _CHANGING)
+        self._spare = self._name_spare()
+        self._files.rename(record.directory, self._spare)
+        self._spare_of = frozenset(file for file in record.files if not _is_changing(file.path))
         if written is not None:
-            self._written[SPARE] = written
+            self._written[self._spare] = written
 
     def _retire_left(self) -> None:
         """Takes in what was still being read when it was retired, and is not any more."""
         left, self._left = self._left, []
         for record in left:
-            if self.is_read(record.directory) or not self._files.exists(SPARE):
+            if self.is_read(record.directory) or not self._files.exists(self._spare):
                 self._retire(record)
             else:
                 self._remove_backup(record.directory)
@@ -275,46 +310,54 @@ class CommitProtocol(Markers):
             self._files.remove(name)
         kept = self._kept() | {record.directory for record in self._left}
         for name in self._files.list():
-            if name.isdigit() and name not in kept and not self.is_read(name):
+            if is_spare(name) and (self._is_shared or name != SPARE):
+                self._remove_backup(name)
+            elif name.isdigit() and name not in kept and not self.is_read(name):
                 _logger.debug("%s: taking in unreferenced backup %s", self._files.root, name)
-                self._remove_backup(SPARE)  # and forget what it held
-                if self._files.exists(SPARE):  # with what is not ours in it
+                self._remove_backup(self._spare)  # and forget what it held
+                if self._files.exists(self._spare):  # with what is not ours in it
                     self._remove_backup(name)
                     continue
                 # Renamed first: a half-removed directory must not look like a backup.
-                self._files.rename(name, SPARE)
+                self._files.rename(name, self._spare)
+                if self._is_shared:
+                    self._remove_backup(self._spare)
         self._collected = True
+
+    def _name_spare(self) -> str:
+        return f"{SPARE}-{os.urandom(4).hex()}" if self._is_shared else SPARE
 
     def _kept(self) -> set[str]:
         """Names of the directories that are valid backups."""
         return {record.directory for record in (self.committed, self.previous) if record}
 
     def _make_spare(self, blueprint: Blueprint) -> None:
-        self._files.make_directory(SPARE)
+        self._files.make_directory(self._spare)
         for path in (f"{orbax.ARENA_PATH}/c", *map(os.path.dirname, blueprint.files)):
-            self._files.make_directory(f"{SPARE}/{path}")
+            self._files.make_directory(f"{self._spare}/{path}")
         for path, data in blueprint.files.items():
-            self._files.write(f"{SPARE}/{path}", data)
+            self._files.write(f"{self._spare}/{path}", data)
         # Without these a power cut can lose directories whose files are durable.
-        self._files.sync_tree(SPARE)
+        self._files.sync_tree(self._spare)
         self._files.sync_directory()
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
         """Whether `spare` has these constant files, and none that no such backup has."""
         for path, data in blueprint.files.items():
-            name = f"{SPARE}/{path}"
+            name = f"{self._spare}/{path}"
             if self._files.size_bytes(name) != len(data):
                 return False
             if self._files.read(name, len(data)) != data:
                 return False
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
-        expected = {*blueprint.files, *_CHANGING, *shards}
-        return set(without_junk(self._files.walk(SPARE))) <= expected
+        expected = {*blueprint.files, *shards}
+        found = without_junk(self._files.walk(self._spare))
+        return {path for path in found if not _is_changing(path)} <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
         self._written.pop(name, None)
-        if name == SPARE:
+        if name == self._spare:
             self._spare_of = frozenset()
         if not self._files.exists(name):
             return

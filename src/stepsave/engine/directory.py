@@ -6,13 +6,19 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
+from stepsave.engine.agreement import Leading
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.peers import Board
 from stepsave.engine.reader import Needs, StoredBackup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
-from stepsave.errors import BackupDirectoryError, CheckpointerClosedError, DirectoryBusyError
+from stepsave.errors import (
+    BackupDirectoryError,
+    CheckpointerClosedError,
+    DirectoryBusyError,
+    PeerError,
+)
 from stepsave.format.records import BackupRecord
 from stepsave.store.bucket import BucketStore
 from stepsave.store.places import Store
@@ -45,6 +51,8 @@ class BackupDirectory:
             board: Where to tell other processes of the training what was opened and restored.
         """
         self._board = board
+        shares = board is not None and board.peers.share_saves
+        self._leading = Leading(board) if board is not None and shares else None
         self._restores = 0
         # What others have to say before anything is written, and which of them.
         self._awaited: list[tuple[str, int]] = []
@@ -57,7 +65,11 @@ class BackupDirectory:
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Opens it, and tells other processes of the training; see `_open`."""
         step = -1
-        with self._told("open", lambda: {"step": step, "nonce": self._lock.nonce}):
+
+        def facts() -> dict[str, Any]:
+            return {"step": step, "nonce": self._lock.nonce, "writer": self.writer_name}
+
+        with self._told("open", facts):
             step = self._open(writer, lanes, double_checkpoint=double_checkpoint)
         return step
 
@@ -88,13 +100,22 @@ class BackupDirectory:
         store.create()
         self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
-        self.protocol = _make_protocol(store, double_checkpoint=double_checkpoint)
+        is_shared = self._leading is not None
+        self.protocol = _make_protocol(
+            store, double_checkpoint=double_checkpoint, is_shared=is_shared
+        )
         self._lock.acquire()
         self.protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
         self.writer_name = "direct" if direct else "tensorstore"
         self._writer = Writer(
-            store, self.protocol, self._log, self._helpers, direct=direct, lanes=lanes
+            store,
+            self.protocol,
+            self._log,
+            self._helpers,
+            direct=direct,
+            lanes=lanes,
+            leading=self._leading,
         )
         return -1 if self.committed is None else self.committed.step
 
@@ -135,6 +156,10 @@ class BackupDirectory:
     def write(self, request: SaveRequest) -> None:
         """Makes a save durable, or says in its handle why it is not."""
         self._writer.write(request, self._wait_for_readers)
+
+    def pass_over(self, step: int) -> None:
+        """Tells other processes that a save is skipped; if they are gone, the next one says so."""
+        self._writer.pass_over(step)
 
     def _wait_for_readers(self) -> None:
         """Returns when the other processes have read what this one has restored."""
@@ -181,16 +206,21 @@ class BackupDirectory:
         Args:
             remove: Whether to remove the lock file too, and the directory if nothing is left.
         """
+        if self._leading is not None and self.is_held:
+            with contextlib.suppress(PeerError):  # nobody is there any more to be told
+                self._leading.close()
         self._lock.release(remove=remove)
         if remove:
             self._store.remove_empty_root()
 
 
-def _make_protocol(store: Store, *, double_checkpoint: bool) -> CommitProtocol | BucketCommit:
+def _make_protocol(
+    store: Store, *, double_checkpoint: bool, is_shared: bool
+) -> CommitProtocol | BucketCommit:
     if isinstance(store, BucketStore):
         return BucketCommit(store, double_checkpoint=double_checkpoint)
     try:
-        return CommitProtocol(store, double_checkpoint=double_checkpoint)
+        return CommitProtocol(store, double_checkpoint=double_checkpoint, is_shared=is_shared)
     except PermissionError as e:
         raise BackupDirectoryError(
             f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "

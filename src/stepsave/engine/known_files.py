@@ -16,8 +16,11 @@ __all__ = (
     "SPARE",
     "TEMPORARY_NAMES",
     "TRAINING_PATH",
+    "is_spare",
+    "is_training",
     "refuse_foreign",
     "remove_known",
+    "training_path",
     "without_junk",
 )
 
@@ -25,9 +28,13 @@ COMMIT = "COMMIT"
 PREVIOUS = "PREVIOUS"
 SPARE = "spare"
 """The directory that is not valid: retired, or being written. Neither digits, which stock
-readers take for a step, nor Orbax's temporary suffix, which its managers delete."""
+readers take for a step, nor Orbax's temporary suffix, which its managers delete. Where several
+processes write, `-` and a random number follow."""
+
+_SPARE = re.compile(SPARE + r"(-[0-9a-f]{8})?")
 
 TRAINING_PATH = "training.json"
+_TRAINING = re.compile(r"training(\.\d+)?\.json")
 TEMPORARY_NAMES = (COMMIT + TEMPORARY_SUFFIX, PREVIOUS + TEMPORARY_SUFFIX, PROBE_NAME)
 
 _JUNK = re.compile(
@@ -51,9 +58,27 @@ _KNOWN_FILES = {
     "layout.json",
     "manifest.ocdbt",
     "process_0",
-    "training.json",
     "zarr.json",
 }
+
+
+def is_spare(name: str) -> bool:
+    """Whether that is the name of a directory that is not valid."""
+    return _SPARE.fullmatch(name) is not None
+
+
+def training_path(rank: int) -> str:
+    """Where a process says what it knows of the training, if that is not what process 0 does."""
+    return TRAINING_PATH if rank == 0 else f"training.{rank}.json"
+
+
+def is_training(path: str) -> bool:
+    """Whether a file of a backup says what a process knows of the training."""
+    return _TRAINING.fullmatch(path) is not None
+
+
+def _is_known(name: str) -> bool:
+    return name in _KNOWN_FILES or is_training(name)
 
 
 def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
@@ -95,8 +120,8 @@ def _is_ours(store: LocalStore, name: str) -> bool:
     if not store.is_directory(name):
         return not store.exists(name)  # removed this moment, by the process that owns it
     found = without_junk(store.list(name))
-    if name == SPARE:
-        return set(found) <= _KNOWN_FILES | _KNOWN_DIRECTORIES
+    if is_spare(name):
+        return all(_is_known(one) or one in _KNOWN_DIRECTORIES for one in found)
     if not name.isdecimal():
         return False
     # What is left of ours where there was junk in it: directories.
@@ -113,7 +138,7 @@ def remove_known(store: LocalStore, directory: str) -> list[str]:
             left.append(path)
         elif store.is_directory(path):
             left += remove_known(store, path)
-        elif name in _KNOWN_FILES or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
+        elif _is_known(name) or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
             store.remove(path)
         else:
             left.append(path)

@@ -13,6 +13,7 @@ from stepsave.engine.saves import SaveLog
 from stepsave.engine.tiers import TieredDirectory
 from stepsave.engine.uploading import UploadPace
 from stepsave.errors import BackupDirectoryError
+from stepsave.snapshot.selection import Team
 from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.places import Store, Target, open_store
@@ -76,13 +77,21 @@ class Place:
         """How many threads write one save, if nobody says otherwise."""
         return (self.local or self.store).lanes
 
+    @property
+    def team(self) -> Team | None:
+        """The processes that save together; None if this one saves all of it, or nothing."""
+        peers = self.peers
+        if peers is None or self.read_only or not peers.share_saves:
+            return None
+        return Team(peers.rank, peers.count)
+
     def make_directory(self, log: SaveLog, helpers: Crew) -> Directory:
         """Returns what keeps backups there; touches nothing."""
         if self.read_only:
             return ReadOnlyDirectory(self.store, helpers)
         board = None if self.peers is None else Board(self.peers, str(self.store.root))
         if board is not None and not board.peers.is_leader:
-            return FollowerDirectory(self.store, helpers, board)
+            return FollowerDirectory(self.store, log, helpers, board)
         if self.local is not None:
             assert isinstance(self.store, BucketStore)
             return TieredDirectory(self.store, self.local, self.pace, log, helpers)

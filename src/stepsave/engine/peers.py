@@ -22,6 +22,8 @@ __all__ = ("Board", "Peers", "find_peers")
 LIMIT_S = 600.0
 """How long to wait for another process to begin with what all of them do."""
 
+_SHOWN_CHARACTERS = 500  # of an error of the service, or of another process
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Peers:
@@ -34,6 +36,9 @@ class Peers:
         say: Tells all something under a key that was not used before.
         hear: Returns what somebody says under a key, waiting so many seconds at most.
         peek: Returns what somebody has said under a key, None if nobody has.
+        hear_all: Returns what was said under all keys below one, by the rest of the key; None
+            where that cannot be asked.
+        forget: Removes a key, and all below it.
     """
 
     rank: int
@@ -42,11 +47,18 @@ class Peers:
     say: Callable[[str, str], None]
     hear: Callable[[str, float], str]
     peek: Callable[[str], str | None]
+    hear_all: Callable[[str], dict[str, str]] | None = None
+    forget: Callable[[str], None] | None = None
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process saves."""
+        """Whether this process opens the directory, and says which backups are valid."""
         return self.rank == 0
+
+    @property
+    def share_saves(self) -> bool:
+        """Whether each saves a part; else all have everything, and process 0 saves it."""
+        return self.hear_all is not None
 
 
 class Board:
@@ -88,13 +100,44 @@ class Board:
         said = self.peers.peek(f"{self._prefix}/{what}")
         return None if said is None else json.loads(said)
 
-    def _text(self, what: str, error: Exception) -> str:
+    def hear_all(self, what: str) -> dict[int, dict[str, Any]]:
+        """Returns what processes have said so far about something, by their rank.
+
+        Raises:
+            PeerError: If the service does not answer.
+        """
+        assert self.peers.hear_all is not None
+        try:
+            found = self.peers.hear_all(f"{self._prefix}/{what}")
+        except Exception as e:
+            raise PeerError(self._text(f"could not hear the others about `{what}`", e)) from e
+        return {int(rank): json.loads(said) for rank, said in found.items()}
+
+    def forget(self, what: str) -> None:
+        """Removes what was said about something, so that it takes no memory any more.
+
+        Raises:
+            PeerError: If the service does not do it.
+        """
+        assert self.peers.forget is not None
+        try:
+            self.peers.forget(f"{self._prefix}/{what}")
+        except Exception as e:
+            raise PeerError(self._text(f"could not forget `{what}`", e)) from e
+
+    def text(self, what: str, reason: object = "") -> str:
+        """Returns a text about what this process does or finds, for an error."""
         peers = self.peers
-        return (
-            f"{self._place}: process {peers.rank} of {peers.count} ({peers.framework}) {what}. All "
-            "processes must run the same script, with a callback or a checkpointer for the same "
-            f"place. Look whether one of them has ended. The reason: {str(error)[:300]!r}"
+        told = f" The reason: {str(reason)[:_SHOWN_CHARACTERS]}" if reason else ""
+        who = f"process {peers.rank} of {peers.count} ({peers.framework})"
+        return f"{self._place}: {who} {what}.{told}"
+
+    def _text(self, what: str, error: Exception) -> str:
+        advice = (
+            "All processes must run the same script, with a callback or a checkpointer for the "
+            "same place. Look whether one of them has ended"
         )
+        return self.text(f"{what}. {advice}", error)
 
 
 def find_peers() -> Peers | None:
@@ -123,7 +166,14 @@ def _of_jax() -> Peers | None:
         except Exception:  # noqa: BLE001  JAX's own error, that there is none
             return None
 
-    return Peers(state.process_id, state.num_processes, "JAX", client.key_value_set, hear, peek)
+    def hear_all(prefix: str) -> dict[str, str]:
+        return {key.rpartition("/")[2]: said for key, said in client.key_value_dir_get(prefix)}
+
+    def forget(key: str) -> None:
+        client.key_value_delete(key)
+
+    rank, count, say = state.process_id, state.num_processes, client.key_value_set
+    return Peers(rank, count, "JAX", say, hear, peek, hear_all, forget)
 
 
 def _of_torch() -> Peers | None:

@@ -78,6 +78,10 @@ class ReadOnlyDirectory:
         """Never called."""
         raise AssertionError(request)
 
+    def pass_over(self, step: int) -> None:
+        """Never called."""
+        raise AssertionError(step)
+
     def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; again, if it was replaced meanwhile.
 

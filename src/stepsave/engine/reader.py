@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from stepsave.engine.extents import Extents, Regions
-from stepsave.engine.known_files import COMMIT, TRAINING_PATH
+from stepsave.engine.known_files import COMMIT, TRAINING_PATH, is_training, training_path
 from stepsave.engine.markers import Markers
 from stepsave.errors import (
     ArenaMemoryError,
@@ -137,7 +137,12 @@ def _as_corrupt(store: Store, error: Exception) -> Exception:
 
 
 def read_backup(
-    store: Store, record: BackupRecord, helpers: Crew, needs: Needs | None = None
+    store: Store,
+    record: BackupRecord,
+    helpers: Crew,
+    needs: Needs | None = None,
+    *,
+    rank: int = 0,
 ) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
@@ -149,14 +154,18 @@ def read_backup(
         record: What the marker says.
         helpers: Threads that read too.
         needs: Says which parts of its arrays are needed; None for all.
+        rank: Which process of its training this is.
 
     Raises:
         ArenaMemoryError: If there is no memory for it.
         CorruptBackupError: If anything is missing, truncated or altered, naming the file.
         OSError: If the file system fails.
     """
-    files = read_files(store, record, helpers)
-    for path in (orbax.LAYOUT_PATH, TRAINING_PATH):
+    own = training_path(rank)
+    own = own if any(file.path == own for file in record.files) else TRAINING_PATH
+    some = (file for file in record.files if file.path == own or not is_training(file.path))
+    files = read_files(store, record, helpers, tuple(some))
+    for path in (orbax.LAYOUT_PATH, own):
         if path not in files:
             raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
     layout_source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
@@ -180,15 +189,15 @@ def read_backup(
     )
     leaves = _view_leaves(plan, memory, extents)
     paths = [leaf.path for leaf in plan.leaves]
-    training = cast("dict[str, Any]", json.loads(files[TRAINING_PATH]))
+    training = cast("dict[str, Any]", json.loads(files[own]))
     try:
         notes = decode_structure(training.get("structure"))
         unflatten(paths, leaves, notes)
     except FormatVersionError as e:
-        raise FormatVersionError(f"{store.path(record.directory)}/{TRAINING_PATH}: {e}") from e
+        raise FormatVersionError(f"{store.path(record.directory)}/{own}: {e}") from e
     except (ValueError, TypeError, LookupError) as e:
         raise CorruptBackupError(
-            f"{store.path(record.directory)}/{TRAINING_PATH}: expected a structure that fits the "
+            f"{store.path(record.directory)}/{own}: expected a structure that fits the "
             f"arrays, found {e!r}. {_ADVICE}"
         ) from e
     flat = FlatState(paths, leaves, notes)

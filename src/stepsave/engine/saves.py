@@ -9,12 +9,15 @@ import time
 import warnings
 from collections.abc import Iterable
 
-from stepsave.errors import BucketError, SaveFailedError, SaveFailedWarning
+from stepsave.errors import BucketError, PeerError, SaveFailedError, SaveFailedWarning
 from stepsave.format.records import SaveStats
 from stepsave.snapshot.arena import Claim
 from stepsave.threads import Latch
 
 __all__ = ("SaveHandle", "SaveLog")
+
+_PASSING = (BucketError, PeerError)
+"""What a training need not end for: the next save may go well."""
 
 _STATS_WINDOW = 1000  # saves over which medians are taken; bounds the memory they need
 
@@ -30,7 +33,8 @@ class SaveHandle:
         written_bytes: Bytes written to the shards, whole blocks, for the same time.
         stall_s: How long the call of `save` took. If the arrays were still being computed (JAX
             dispatches ahead), waiting for them is in it.
-        skipped: True if nothing was saved, because both arenas were in use.
+        skipped: True if nothing was saved, because both arenas were in use, here or in another
+            process.
         by_another: True if another process of the training saves, and this one has nothing to do.
     """
 
@@ -112,8 +116,8 @@ class SaveHandle:
             raise
 
     def tell_error(self) -> None:
-        """Raises `SaveFailedError` if the save failed; warns if a bucket was out of reach."""
-        if not isinstance(self._error, BucketError):
+        """Raises `SaveFailedError` if the save failed; warns if something was out of reach."""
+        if not isinstance(self._error, _PASSING):
             self.raise_error()
             return
         text = f"stepsave: the save of step {self.step} is lost, and training goes on. The backup "
@@ -148,6 +152,7 @@ class SaveLog:
         self._open: list[SaveHandle] = []  # in flight, or failed and nobody was told
         self.last_failed = False
         self._started = self._committed = self._failed = self._skipped = self._bytes = 0
+        self._skipped_late = 0
         self._changed_bytes = self._written_bytes = 0
         self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
         self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
@@ -180,6 +185,10 @@ class SaveLog:
         self._stall_total_s += handle.stall_s
         self._stall_max_s = max(self._stall_max_s, handle.stall_s)
 
+    def count_skipped(self) -> None:
+        """For the thread that writes: a save was given up, as another process skipped it."""
+        self._skipped_late += 1
+
     def count_end(self, handle: SaveHandle, durable_s: float | None) -> None:
         """For the thread that writes: a save has ended."""
         self._changed_bytes += handle.changed_bytes
@@ -209,7 +218,7 @@ class SaveLog:
         """Raises `SaveFailedError` if a save failed and the user was not told yet.
 
         Args:
-            but_for_outages: Whether to warn only, if a bucket was out of reach.
+            but_for_outages: Whether to warn only, if a bucket or another process was out of reach.
         """
         if self._open:
             self._open = [handle for handle in self._open if not handle.is_settled]
@@ -249,7 +258,7 @@ class SaveLog:
             started=self._started,
             committed=self._committed,
             failed=self._failed,
-            skipped=self._skipped,
+            skipped=self._skipped + self._skipped_late,
             state_bytes=self._bytes,
             changed_bytes=self._changed_bytes,
             written_bytes=self._written_bytes,
@@ -266,7 +275,7 @@ class SaveLog:
 
 
 def _raise_or_warn(text: str, error: BaseException, *, warns: bool) -> None:
-    if not warns or not isinstance(error, BucketError):
+    if not warns or not isinstance(error, _PASSING):
         raise SaveFailedError(text) from error
     warnings.warn(f"stepsave: {text}", SaveFailedWarning, 6)
 

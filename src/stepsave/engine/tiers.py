@@ -108,6 +108,9 @@ class TieredDirectory:
         if record is not None and record.step == request.handle.step and request.handle.durable_s:
             self._uploader.offer(record)
 
+    def pass_over(self, step: int) -> None:
+        """Nothing to do: no other process saves with this one."""
+
     def upload(self) -> None:
         """Returns when the newest backup is in the bucket; what fails is noted."""
         assert self._uploader is not None

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from stepsave.engine.agreement import Leading, Order, Report, SkippedError
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.shard_writing import Shards
-from stepsave.errors import BackupDirectoryError
+from stepsave.errors import BackupDirectoryError, PeerError
+from stepsave.format.checksum import crc32c
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
 from stepsave.store.bucket import BucketStore
@@ -61,8 +63,10 @@ class Writer:
         *,
         direct: bool,
         lanes: int,
+        leading: Leading | None = None,
     ) -> None:
         self._protocol = protocol
+        self._leading = leading
         self._log = log
         self._shards = Shards(store, helpers, direct=direct, lanes=lanes)
 
@@ -75,32 +79,64 @@ class Writer:
         """
         handle = request.handle
         if not handle.claim.accept():
-            return  # the call that claimed it was interrupted, and the next one has dropped it
+            self.pass_over(handle.step)  # the call that claimed it was interrupted
+            return
         durable_s, error = None, None
         try:
             self._commit(request, ready)
             durable_s = time.perf_counter() - request.began_s
+        except SkippedError as e:
+            self._drop(handle.step, e)
+            self._log.count_skipped()
+            handle.skip()
+            return
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             error = e
             self._abandon(e)
+            self._drop(handle.step, e)
         self._log.count_end(handle, durable_s)
         handle.end(durable_s, error)
 
+    def pass_over(self, step: int) -> None:
+        """Says to other processes that a save is skipped."""
+        self._drop(step, SkippedError())
+
     def _commit(self, request: SaveRequest, ready: Callable[[], None]) -> None:
-        snapshot, handle = request.snapshot, request.handle
-        blueprint = snapshot.blueprint
+        snapshot, handle, training = request.snapshot, request.handle, request.training
+        blueprint, share = snapshot.blueprint, snapshot.share
         try:
             ready()
             directory = self._protocol.begin(blueprint, handle.step)
-            known = self._protocol.take_written(blueprint.plan, snapshot.share.shards)
+            written = self._protocol.take_written(blueprint.plan, share.shards)
+            if self._leading is not None:
+                held = "" if written is None else written.nonce
+                order = Order(handle.step, directory, held, crc32c(training))
+                self._leading.begin(order)
+            known = None if written is None else written.contents
             digests, written_bytes = self._shards.write(directory, snapshot, known)
             held = snapshot.filling.held
             handle.changed_bytes, handle.written_bytes = held.changed_bytes(), written_bytes
         finally:
             snapshot.filling.wait_left()
             handle.claim.release()  # its bytes are on disk, or given up
-        record = self._protocol.seal(blueprint, handle.step, request.training, digests, held.now)
+        report = Report(blueprint.layout_crc32c, digests, ())
+        if self._leading is not None:
+            report = self._leading.gather(report, handle.bytes)
+        record = self._protocol.seal(
+            blueprint, handle.step, training, report.digests, held.now, report.files
+        )
         self._protocol.publish(record)
+        if self._leading is not None:
+            self._leading.end(record.nonce)
+
+    def _drop(self, step: int, error: BaseException) -> None:
+        """Says to other processes, if there are any, that a save is given up."""
+        if self._leading is None:
+            return
+        try:
+            self._leading.drop(step, error)
+        except PeerError as e:
+            error.add_note(f"The other processes could not be told: {e}")
 
     def _abandon(self, error: BaseException) -> None:
         try:

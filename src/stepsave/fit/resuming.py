@@ -15,6 +15,7 @@ from stepsave.fit.companions import Companions, Start
 from stepsave.fit.keras_data import EpochData
 from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.loop import FitLoop
+from stepsave.fit.needs import needs_of
 from stepsave.fit.phases import BackupOf, Phases
 from stepsave.fit.state import RestoredFit, restore_fit
 
@@ -61,7 +62,7 @@ class Resuming:
         if others is not None and (newest is None or newest.step <= others.global_step):
             owner.begin_at(others)
             return None
-        backup = saver.restore_leaves()
+        backup = saver.restore_leaves(needs_of(self.model))
         if backup is None:
             return None
         start, restored = self._go_on_from(backup)

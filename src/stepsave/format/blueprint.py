@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 
 from stepsave.format import orbax
+from stepsave.format.checksum import crc32c
+from stepsave.format.layout import encode_layout
 from stepsave.format.records import FileRecord, LayoutPlan
 
 __all__ = ("Blueprint",)
@@ -44,6 +46,11 @@ class Blueprint:
         for name, strings in self._strings.items():
             files |= orbax.json_item(name, strings)
         return files
+
+    @functools.cached_property
+    def layout_crc32c(self) -> int:
+        """By which processes that save together know that they mean the same."""
+        return crc32c(encode_layout(self.plan))
 
     @functools.cached_property
     def records(self) -> frozenset[FileRecord]:

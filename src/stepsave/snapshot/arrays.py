@@ -24,7 +24,6 @@ __all__ = (
     "backend_of",
     "backends_of",
     "bytes_of",
-    "check_saveable",
     "device_name",
     "dtype_name",
     "unwrap",
@@ -197,20 +196,6 @@ def _view(kind: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) ->
         f"State {'/'.join(paths[0])!r}: expected a NumPy, JAX, torch or TensorFlow array or a "
         f"number, found {type(leaves[0]).__name__}."
     )
-
-
-def check_saveable(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
-    """Raises as `view_on_host` would for arrays of JAX, and asks nothing of a device.
-
-    Raises:
-        InvalidStateError: If one cannot be saved.
-    """
-    for path, leaf in zip(paths, unwrap(leaves), strict=True):
-        if backend_of(leaf) == "jax":
-            try:
-                importlib.import_module("stepsave.snapshot.jax").describe([leaf])
-            except InvalidStateError as e:
-                raise InvalidStateError(f"State {'/'.join(path)!r}: {e}") from e
 
 
 def unwrap(leaves: Sequence[Any]) -> Sequence[Any]:

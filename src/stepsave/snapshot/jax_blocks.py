@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,11 +72,15 @@ class Spreads:
         sharding: Any = leaf.sharding
         if len(sharding.device_set) == 1:
             return None
+        # In the order of the shards. JAX itself cannot tell them of each array that it makes.
+        indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(leaf.shape)
         shape = leaf.shape if spread is None else spread.block_shape
-        shards = leaf.addressable_shards
-        some = [i for i, shard in enumerate(shards) if _place(shard.index, shape) == block]
-        number = min(some, key=lambda i: self._bytes_of[shards[i].device])
-        self._bytes_of[shards[number].device] += shards[number].data.nbytes
+        places = [(device, _place(index, shape)) for device, index in indices.items()]
+        some = [number for number, (_, place) in enumerate(places) if place == block]
+        if leaf.is_fully_replicated:
+            some = [0]  # JAX gives no other
+        number = min(some, key=lambda number: self._bytes_of[places[number][0]])
+        self._bytes_of[places[number][0]] += math.prod(shape) * leaf.dtype.itemsize
         return number
 
 
@@ -104,16 +109,13 @@ def regions_here(array: Any) -> list[Region] | None:
     """Returns what of an array the devices of this process have; None if that is all of it."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return None
-    shape = array.shape
+    sharding: Any = array.sharding
+    indices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(array.shape)
     found = {
-        tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
-        for index in map(_index_of, array.addressable_shards)
+        tuple(cut.indices(size)[:2] for cut, size in zip(index, array.shape, strict=True))
+        for index in indices.values()
     }
-    return sorted(found, key=lambda region: [cut.start for cut in region])
-
-
-def _index_of(shard: Any) -> Sequence[slice]:
-    return shard.index
+    return [tuple(slice(*bounds) for bounds in region) for region in sorted(found)]
 
 
 def cut_parts(parts: Sequence[Any], cuts: Sequence[Region | None]) -> list[Any]:

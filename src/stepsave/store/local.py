@@ -178,6 +178,11 @@ class LocalStore:
         finally:
             os.close(fd)
 
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Writes files, as `write` does."""
+        for path, data in files.items():
+            self.write(path, data)
+
     def replace(self, path: str, data: bytes) -> None:
         """Replaces a file's contents atomically and durably: readers see old or new."""
         temporary = path + TEMPORARY_SUFFIX
