@@ -19,11 +19,9 @@ __all__ = ("s3", "s3_target")
 SAVE = (
     PRELUDE
     + """
-from stepsave.snapshot import filling
-filling._BRIDGE_BYTES = 0
+from stepsave.snapshot import filling, runs
+filling._BRIDGE_BYTES, runs._PACK_BYTES = 0, 8 << 10
 writer = sys.argv[7]
-from stepsave.snapshot import filling
-filling._BRIDGE_BYTES = 0
 with stepsave.Checkpointer(place, writer=writer) as saver:
     saver.prepare(state_of(0))
     for step in range(1, int(sys.argv[6]) + 1):

@@ -141,3 +141,58 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(tmp_path):
     made = [out.count("batch") for out, _ in ends]
     assert made[0] + 6 == made[1]  # those before were read above
     assert stepsave.restore(place).step == made[1] < 400
+
+
+RNG = (
+    CODE.replace(
+        "class Tell(keras.callbacks.Callback):",
+        """
+class Tell(keras.callbacks.Callback):
+    drawn = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.drawn.append(float(np.random.random()))
+""",
+    )
+    .replace(
+        "keras.utils.set_random_seed(3)",
+        "keras.utils.set_random_seed(3); np.random.seed(rank)  # each augments its own data",
+    )
+    .replace('print("epochs"', 'print("drew", Tell.drawn[-3:], flush=True)\nprint("epochs"')
+)
+
+
+def test_each_process_goes_on_with_its_own_random_generators(tmp_path):
+    with Processes(RNG, tmp_path / "whole", 0, environment=environment) as whole:
+        expected = [lines[-3:] for lines in whole.results()]
+    assert expected[0][0] != expected[1][0]
+    place = tmp_path / "killed"
+    with Processes(RNG, place, 0.05, environment=environment) as killed:
+        for batch in (7, 3):
+            killed.wait_for(f"batch {batch}")
+        killed.kill()
+    step = stepsave.restore(place).step
+    assert (place / f"{step}/training.json").exists()
+    assert (place / f"{step}/training.1.json").exists()
+    with Processes(RNG, place, 0, environment=environment) as again:
+        found = [lines[-3:] for lines in again.results()]
+    assert [one[0] for one in found] == [one[0] for one in expected]
+    assert [one[2] for one in found] == [one[2] for one in expected]
+
+
+def test_another_number_of_processes_goes_on_and_says_what_cannot_be_exact(tmp_path):
+    place, code = tmp_path / "backup", SPREAD
+    with Processes(code, place, 0.05, environment=environment) as killed:
+        for batch in (7, 3):
+            killed.wait_for(f"batch {batch}")
+        killed.kill()
+    begun = stepsave.restore(place).step
+    with Processes(code, place, 0, count=4, environment=environment) as again:
+        ends = [child.communicate(timeout=200) for child in again.children]
+    for out, err in ends:
+        assert "2 process(es) made the backup, and 4 train(s) now" in err, err[-2000:]
+        assert out.count("batch") == 24 - begun
+    assert len({out.splitlines()[-1] for out, _ in ends}) == 1
+    backup = stepsave.restore(place)
+    assert backup.step == 24
+    assert backup.metadata["processes"] == 4

@@ -17,7 +17,7 @@ from typing import Any
 
 from stepsave.errors import PeerError
 
-__all__ = ("Board", "Peers", "find_peers")
+__all__ = ("Board", "Peers", "count_processes", "find_peers")
 
 LIMIT_S = 600.0
 """How long to wait for another process to begin with what all of them do."""
@@ -148,6 +148,12 @@ def find_peers() -> Peers | None:
     was made. Imports none of them.
     """
     return _of_jax() or _of_torch() or _of_tensorflow()
+
+
+def count_processes() -> int:
+    """Returns how many processes train together."""
+    peers = find_peers()
+    return 1 if peers is None else peers.count
 
 
 def _of_jax() -> Peers | None:

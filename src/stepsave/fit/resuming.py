@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.peers import count_processes
 from stepsave.engine.reader import StoredBackup
 from stepsave.errors import BackupMismatchError, ChangedTrainingWarning
 from stepsave.fit import keras_internals
@@ -97,6 +98,7 @@ class Resuming:
         restored = restore_fit(self.model, backup, batch_spec)
         if belongs is BackupOf.CHANGED_FIT:
             self._warn_of_changes(phase)
+        _warn_of_processes(backup.metadata.get("processes", 1), restored)
         start = self._start(backup, restored)
         doubt = self.phases.doubt(phase)
         if doubt is not None and not start.keeps_backup:
@@ -158,6 +160,19 @@ class Resuming:
             )
         if changes:
             _warn(f"`compile` was given otherwise in the run that made the backup: {changes}")
+
+
+def _warn_of_processes(then: Any, restored: RestoredFit) -> None:
+    now = count_processes()
+    if then == now or restored.document is None:
+        return
+    _warn(
+        f"{then} process(es) made the backup, and {now} train(s) now: weights and position are "
+        "those of the backup, but it cannot be as if nothing had happened. Random generators go on "
+        "as in the process of the same number, or as in process 0 where there was none; and what "
+        "each process reads for itself (`auto_shard_dataset=False`) is cut otherwise, so that in "
+        "this epoch some of it may be read twice or not at all"
+    )
 
 
 def _warn(message: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from stepsave import rng
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.peers import count_processes
 from stepsave.engine.reader import StoredBackup
 from stepsave.errors import ChangedTrainingWarning, CorruptBackupError
 from stepsave.fit import callback_states, keras_internals
@@ -97,6 +98,7 @@ class FitState:
         self._loop = loop
         self._phases = phases
         self._with_history = with_history
+        self._processes = count_processes()
         self._variables: ModelVariables | None = None
         self._variables_checked = False  # in this epoch
         self._paths: list[tuple[str, ...]] = []
@@ -150,6 +152,7 @@ class FitState:
             "build_config": _build_config(model),
             "saveables": self._ask(variables, arrays),
             "phase": self._phases.to_json(),
+            "processes": self._processes,
         }
         if loop is None:
             return document, arrays
