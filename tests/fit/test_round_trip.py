@@ -25,7 +25,7 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore
-from stepsave.engine.writer import Writer
+from stepsave.engine.shard_writing import Shards
 from stepsave.threads import Crew
 
 # The example in Keras's documentation of `BackupAndRestore`, without its `model.build`.
@@ -244,7 +244,7 @@ def test_every_backup_is_of_exactly_one_step(others, backup_dir, monkeypatch):
 
 def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, monkeypatch):
     slow = threading.Event()
-    open_shards = Writer._open_shards
+    open_shards = Shards._open
 
     def open_slow_shards(*args):
         write = open_shards(*args)
@@ -255,7 +255,7 @@ def test_training_may_run_ahead_of_a_slow_disk_without_mixing_steps(backup_dir, 
 
         return write_slowly
 
-    monkeypatch.setattr(Writer, "_open_shards", open_slow_shards)
+    monkeypatch.setattr(Shards, "_open", open_slow_shards)
     callback = BackupAndRestore(backup_dir, 1)
     fit_interrupted(step_model(width=20_000), callback, Interrupt(step=STEPS), epochs=2)
     # While the writer still holds the last arenas, the model's memory is used by others.

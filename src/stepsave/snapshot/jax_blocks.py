@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,12 @@ from stepsave.errors import InvalidStateError
 from stepsave.format.layout import Grid
 from stepsave.format.planning import Spread
 
-__all__ = ("Region", "Spreads", "cut_parts", "has_many_devices", "regions_here")
+__all__ = ("Region", "Spreads", "cut_parts", "has_many_devices", "regions_here", "spread_over")
 
 Region = tuple[slice, ...]
 """A part of an array, one slice per axis, with both ends."""
+
+_PROCESS_OF = operator.attrgetter("process_index")
 
 
 def has_many_devices() -> bool:
@@ -59,7 +62,7 @@ class Spreads:
         key = sharding, leaf.shape
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = _spread(sharding, leaf.shape)
+            found = self._known[key] = spread_over(sharding, leaf.shape)
         return found
 
     def choose(self, leaf: Any, spread: Spread | None, block: Grid) -> int | None:
@@ -84,7 +87,19 @@ class Spreads:
         return number
 
 
-def _spread(sharding: Any, shape: Grid) -> Spread:
+def spread_over(
+    sharding: Any, shape: Grid, process_of: Callable[[Any], int] = _PROCESS_OF
+) -> Spread:
+    """Returns how arrays of a shape lie on the devices of a sharding.
+
+    Args:
+        sharding: Of JAX.
+        shape: The shape.
+        process_of: Which process has a device.
+
+    Raises:
+        InvalidStateError: If they are not cut into equal parts.
+    """
     try:
         block_shape: Grid = tuple(sharding.shard_shape(shape))
         indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
@@ -94,7 +109,7 @@ def _spread(sharding: Any, shape: Grid) -> Spread:
         ) from e
     holders: dict[Grid, set[int]] = collections.defaultdict(set)
     for device, index in indices.items():
-        holders[_place(index, block_shape)].add(device.process_index)
+        holders[_place(index, block_shape)].add(process_of(device))
     return Spread(block_shape, {block: tuple(sorted(some)) for block, some in holders.items()})
 
 
