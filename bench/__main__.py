@@ -56,6 +56,8 @@ RUNS = (
     Run("engine", "bench.saves.writers"),
     Run("engine", "bench.saves.restore"),
     Run("engine", "bench.saves.buckets"),
+    Run("engine", "bench.saves.processes"),
+    Run("engine", "bench.saves.planning"),
     _fits("fits", "--backend jax --steps 73"),
     _fits("fits", "--backend tensorflow --repeats 5", OTHER_BACKENDS[:-1]),
     _fits("fits", "--backend torch --repeats 5", OTHER_BACKENDS),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.common import RESULTS
 from bench.fits.subjects import SUBJECTS
-from bench.publish import details, gpu_table, pictures, targets
+from bench.publish import details, gpu_table, pictures, scale, targets
 from bench.publish.collected import (
     BACKEND_NAMES,
     Collected,
@@ -30,6 +30,7 @@ from bench.publish.collected import (
 BENCH = Path(__file__).parents[1]
 README = BENCH.parent / "README.md"
 DETAILS = BENCH / "README.md"
+SCALE = BENCH.parent / "docs" / "scale.md"
 NOT_MEASURED = "not measured"
 NOISE = "ours is within noise"
 SYNCS = {"everything": "yes", "data": "data only", "nothing": "no"}
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all machines")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--details", type=Path, default=DETAILS)
+    parser.add_argument("--scale", type=Path, default=SCALE)
     options = parser.parse_args(arguments)
     machines = [
         Collected.load(directory)
@@ -50,12 +52,15 @@ def main(arguments: list[str] | None = None) -> None:
     others = [collected for collected in machines if collected not in gpus]
     for collected in others:
         pictures.draw(collected)
+        scale.draw(collected)
     # The one with most results first: it says most. The README shows no other.
     others.sort(key=lambda collected: -len(collected.results))
     short = [overview(collected, options.readme.parent) for collected in others[:1]]
     replace(options.readme, "figures", "\n".join([*short, *gpu_table.overview(gpus)]))
     long = [*map(details.of_machine, others), *("\n".join(gpu_table.details(c)) for c in gpus)]
     replace(options.details, "details", "\n".join(long))
+    figures = [scale.text(collected, options.scale.parent) for collected in others[:1]]
+    replace(options.scale, "scale", "\n".join(figures))
 
 
 def replace(document: Path, mark: str, text: str) -> None:

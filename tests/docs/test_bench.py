@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import goodput
 from bench.publish import details
 from bench.publish.collected import Collected
 
@@ -29,6 +30,8 @@ RUNS = {
     ],
     "restore": ["bench.saves.restore", "--quick"],
     "buckets": ["bench.saves.buckets", "--quick"],
+    "processes": ["bench.saves.processes", "--quick"],
+    "planning": ["bench.saves.planning", "--quick"],
     "resume": [
         "bench.resume",
         "--quick",
@@ -77,7 +80,8 @@ def results_of(folder: Path) -> list[dict]:
 
 def test_the_published_tables_and_pictures_are_made_from_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
-    documents = "README.md", "bench/README.md"
+    documents = "README.md", "bench/README.md", "docs/scale.md"
+    (tmp_path / "docs").mkdir()
     for document in documents:
         shutil.copy(ROOT / document, tmp_path / document)
     run(
@@ -85,6 +89,7 @@ def test_the_published_tables_and_pictures_are_made_from_the_committed_results(t
         *("--results", str(tmp_path / "bench/results")),
         *("--readme", str(tmp_path / "README.md")),
         *("--details", str(tmp_path / "bench/README.md")),
+        *("--scale", str(tmp_path / "docs/scale.md")),
     )
     pictures = [str(path.relative_to(ROOT)) for path in (ROOT / "bench/results").rglob("*.svg")]
     for name in (*documents, *pictures):
@@ -179,6 +184,21 @@ def test_the_benchmark_for_gpus_says_what_is_missing_where_there_is_none(tmp_pat
     assert "sees no GPU" in done.stderr
     assert "--allow-cpu" in done.stderr
     assert not list(tmp_path.iterdir()), "nothing was measured, so nothing is kept"
+
+
+def test_the_simulated_loss_is_what_theory_says_where_that_is_simple():
+    inputs = goodput.Inputs(stall_s=0.2, durable_s=0.2, resume_s=60.0)
+    failing_s = goodput.mean_time_between_failures_s(16_384)
+    assert failing_s == pytest.approx(3.093 * 3600, rel=1e-3)
+    best_s = goodput.best_interval_s(inputs, failing_s)
+    lost = goodput.share_lost(inputs, best_s, failing_s)
+    # A save per interval, half an interval per failure, and the resume.
+    theory = inputs.stall_s / best_s + (best_s / 2 + inputs.resume_s) / failing_s
+    assert lost == pytest.approx(theory, rel=0.05)
+    for factor in (0.25, 4):
+        assert goodput.share_lost(inputs, best_s * factor, failing_s) > lost
+    never = goodput.share_lost(inputs, 100 * failing_s, failing_s)
+    assert never > 0.999
 
 
 def test_the_table_of_exact_resume_is_the_generated_one():

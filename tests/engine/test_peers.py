@@ -201,6 +201,24 @@ def test_what_process_0_cannot_open_the_others_are_told(framework, tmp_path):
     assert "BackupDirectoryError: Process 0 could not open it" in errors[1]
 
 
+SHARDED = TORCH.replace(
+    "model = DistributedDataParallel(torch.nn.Linear(40, 30))",
+    """
+from torch.distributed.fsdp import fully_shard
+model = torch.nn.Linear(40, 30)
+fully_shard(model)
+type(model).module = property(lambda self: self)
+""",
+)
+
+
+def test_a_torch_model_in_parts_is_refused_by_all_processes(tmp_path):
+    with Processes(SHARDED, tmp_path / "backup", 3, 0) as processes:
+        errors = [child.communicate(timeout=200)[1] for child in processes.children]
+    for error in errors:
+        assert "InvalidStateError: State 'model/weight': found a DTensor" in error, error[-2000:]
+
+
 def fake_board(told, *, count=2):
     def hear(key, limit_s):
         assert limit_s

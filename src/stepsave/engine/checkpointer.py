@@ -25,7 +25,7 @@ from stepsave.errors import NestedCallError, StepsaveError
 from stepsave.format.records import Backup, BackupRecord, SaveStats
 from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
-from stepsave.snapshot.leaves import open_leaf
+from stepsave.snapshot.leaves import describe_all, open_leaf
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.places import Target
 from stepsave.threads import is_running
@@ -130,10 +130,7 @@ class Checkpointer:
         return self._directory.is_released
 
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
-        """Sets Orbax checkpointables to store beside the state from now on, each a dict of strings.
-
-        Such as Keras's `{"model_config": {"config": …}}`.
-        """
+        """Sets Orbax checkpointables, dicts of strings, to store beside the state from now on."""
         self._capture.attach(items)
 
     def prepare(self, state: Any) -> None:
@@ -201,6 +198,7 @@ class Checkpointer:
         training = encode_training(step, metadata, structure)
         handle = SaveHandle(step)
         if not self._directory.saves_here:
+            describe_all(paths, leaves)  # what process 0 refuses, all refuse
             self._last_step = handle.leave()
             return handle
         # Interrupted from here on, the save is left behind, and the next call settles it.

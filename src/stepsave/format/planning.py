@@ -191,7 +191,7 @@ def _share(deal: Deal, shards: range) -> Share:
     are_whole = (s.block_shape for s in deal.spreads), (leaf.shape for leaf in plan.leaves)
     if len(shards) == plan.shard_count and all(map(operator.eq, *are_whole)):
         return Share(plan, None, shards)
-    mine = [chunk for chunk in plan.chunks if chunk.offset_bytes // plan.shard_bytes in shards]
+    mine = [chunk for number in shards for chunk in plan.shard_chunks[number]]
     blocks = [
         _block_of(chunk.grid, plan.chunk_shapes[chunk.leaf], deal.spreads[chunk.leaf].block_shape)
         for chunk in mine

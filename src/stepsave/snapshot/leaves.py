@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stepsave.snapshot.contents import digest
 __all__ = (
     "assign",
     "describe",
+    "describe_all",
     "holds",
     "make_like",
     "open_leaf",
@@ -60,6 +62,21 @@ def describe(leaf: Any) -> ArrayForm:
     if not backend:
         raise InvalidStateError(f"expected an array or a number, found {type(leaf).__name__}.")
     return ArrayForm(*_module(backend).describe([leaf])[0])
+
+
+def describe_all(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> list[ArrayForm]:
+    """The same of all leaves of a state.
+
+    Raises:
+        InvalidStateError: If one cannot be saved, naming which.
+    """
+    forms: list[ArrayForm] = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        try:
+            forms.append(describe(leaf))
+        except InvalidStateError as e:
+            raise InvalidStateError(f"State {'/'.join(path)!r}: {e}") from e
+    return forms
 
 
 def regions_here(leaf: Any) -> list[Region] | None:

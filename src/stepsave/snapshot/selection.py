@@ -16,7 +16,7 @@ from stepsave.errors import InvalidStateError
 from stepsave.format.planning import Part, deal_layout
 from stepsave.format.records import LeafSpec
 from stepsave.snapshot.arrays import HostArray, backends_of, dtype_name
-from stepsave.snapshot.leaves import describe
+from stepsave.snapshot.leaves import describe_all
 
 __all__ = ("Selection", "Team")
 
@@ -62,15 +62,17 @@ class Selection:
             spreads = importlib.import_module("stepsave.snapshot.jax_blocks").Spreads(
                 is_alone=team.count == 1
             )
-        specs: list[LeafSpec] = []
-        lies: list[Any] = []
-        for path, leaf in zip(paths, leaves, strict=True):
-            try:
-                form = describe(leaf)
-                lies.append(None if spreads is None else spreads.of(leaf))
-            except InvalidStateError as e:
-                raise InvalidStateError(f"State {'/'.join(path)!r}: {e}") from e
-            specs.append(LeafSpec(path, form.shape, dtype_name(path, form)))
+        specs = [
+            LeafSpec(path, form.shape, dtype_name(path, form))
+            for path, form in zip(paths, describe_all(paths, leaves), strict=True)
+        ]
+        lies: list[Any] = [None] * len(leaves)
+        if spreads is not None:
+            for number, leaf in enumerate(leaves):
+                try:
+                    lies[number] = spreads.of(leaf)
+                except InvalidStateError as e:
+                    raise InvalidStateError(f"State {'/'.join(paths[number])!r}: {e}") from e
         self.deal = deal_layout(specs, lies, team.count)
         self.share = self.deal.share(team.rank)
         parts = self.share.parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,21 @@ def _view(leaf: Any) -> np.ndarray[Any, Any]:
         raise InvalidStateError(f"dtype {tensor.dtype} has no NumPy form: {e}") from e
 
 
+def _is_spread(leaf: Any) -> bool:
+    """Whether a tensor lies on the devices of several processes, as parts."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
+
+
 def _check(leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, torch.Tensor):
         raise InvalidStateError(f"expected a torch tensor, found {type(leaf).__name__}.")
+    if _is_spread(leaf):
+        raise InvalidStateError(
+            "found a DTensor, of which other processes have parts (FSDP, tensor parallelism). Only "
+            "what each process has as a whole can be saved: gather it (`full_tensor()`, or "
+            "`get_model_state_dict` with `full_state_dict`), or use torch.distributed.checkpoint."
+        )
     tensor = leaf.detach()
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InvalidStateError(
