@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from bucket_support import s3, s3_environment, s3_target
-from engine_support import assert_same_bits
+from engine_support import assert_same_bits, flip_bit
 from peers_support import Processes
 from spread_support import PRELUDE, devices
 
@@ -271,3 +271,39 @@ def test_processes_killed_at_any_moment_leave_what_was_durable(tmp_path, victim)
             if name not in ("host", "step"):
                 assert_same_bits(array, value_of(name, array.shape, backup.step))
     assert sorted(path.name for path in place.iterdir() if path.name.startswith("spare"))[1:] == []
+
+
+FALL_BACK = (
+    PRELUDE
+    + """
+begin = int(sys.argv[6])
+with stepsave.Checkpointer(place, double_checkpoint=True) as saver:
+    if begin:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            backup = saver.restore(like=state_of(0))
+        for one in caught:
+            print("warned", str(one.message).replace(chr(10), " "), flush=True)
+        print("step", backup.step, flush=True)
+        assert_is_state_of(backup.state, backup.step)
+        begin = backup.step
+    for step in range(begin + 1, begin + 3):
+        saver.save(step, state_of(step)).wait()
+"""
+)
+
+
+def test_what_one_process_cannot_read_none_restores(tmp_path):
+    place = tmp_path / "backup"
+    with Processes(FALL_BACK, place, "1x2", 0, environment=devices(1)) as processes:
+        processes.results()
+    right = value_of("columns", (1000, 128), 2)[5, 64:].tobytes()  # of process 1 alone
+    (shard,) = [path for path in place.glob("2/pytree/d/c/*") if right in path.read_bytes()]
+    flip_bit(shard, shard.read_bytes().index(right))
+    with Processes(FALL_BACK, place, "1x2", 1, environment=devices(1)) as processes:
+        lines = processes.results()
+    assert [one[-1] for one in lines] == ["step 1"] * 2
+    assert "the backup of step 2" in lines[0][-2]
+    assert "process 1 cannot. The reason: CorruptBackupError" in lines[0][-2]
+    assert "data of 'columns'" in lines[0][-2]
+    assert stepsave.restore(place).step == 3

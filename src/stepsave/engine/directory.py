@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
-from typing import Any
 
+from stepsave.engine.agreed_reading import LedReading
 from stepsave.engine.agreement import Leading
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.peers import Board
-from stepsave.engine.reader import Needs, StoredBackup, restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, read_backup, restore_newest
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
 from stepsave.errors import (
@@ -53,9 +52,7 @@ class BackupDirectory:
         self._board = board
         shares = board is not None and board.peers.share_saves
         self._leading = Leading(board) if board is not None and shares else None
-        self._restores = 0
-        # What others have to say before anything is written, and which of them.
-        self._awaited: list[tuple[str, int]] = []
+        self._reading = None if board is None else LedReading(board)
         self._store = store
         self.place = str(store.root)
         self._log = log
@@ -64,27 +61,16 @@ class BackupDirectory:
 
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Opens it, and tells other processes of the training; see `_open`."""
-        step = -1
-
-        def facts() -> dict[str, Any]:
-            return {"step": step, "nonce": self._lock.nonce, "writer": self.writer_name}
-
-        with self._told("open", facts):
-            step = self._open(writer, lanes, double_checkpoint=double_checkpoint)
-        return step
-
-    @contextlib.contextmanager
-    def _told(self, what: str, facts: Callable[[], dict[str, Any]]) -> Generator[None]:
-        """Tells other processes what came of something, if there are any."""
-        if self._board is None:
-            yield
-            return
+        board = self._board
+        if board is None:
+            return self._open(writer, lanes, double_checkpoint=double_checkpoint)
         try:
-            yield
+            step = self._open(writer, lanes, double_checkpoint=double_checkpoint)
         except BaseException as e:
-            self._board.say(what, error=str(e))
+            board.say("open", error=str(e))
             raise
-        self._board.say(what, error="", **facts())
+        board.say("open", error="", step=step, nonce=self._lock.nonce, writer=self.writer_name)
+        return step
 
     def _open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Makes the directory if needed, locks it, and sees what is in it.
@@ -155,41 +141,36 @@ class BackupDirectory:
 
     def write(self, request: SaveRequest) -> None:
         """Makes a save durable, or says in its handle why it is not."""
-        self._writer.write(request, self._wait_for_readers)
+        self._writer.write(request)
 
     def pass_over(self, step: int) -> None:
         """Tells other processes that a save is skipped; if they are gone, the next one says so."""
         self._writer.pass_over(step)
 
-    def _wait_for_readers(self) -> None:
-        """Returns when the other processes have read what this one has restored."""
-        while self._awaited:
-            assert self._board is not None
-            what, rank = self._awaited[-1]
-            self._board.hear(what, who=rank)
-            self._awaited.pop()
-
     def upload(self) -> None:
         """Nothing to do: there is one place."""
 
     def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
-        """Reads the newest backup; see `restore_newest`."""
-        number, self._restores = self._restores, self._restores + 1
-        found: StoredBackup | None = None
-        if self._board is not None:
-            # Before it is read, so that all read at the same time.
-            self.protocol.read_markers()
-            nonce = "" if self.committed is None else self.committed.nonce
-            self._board.say(f"reads {number}", nonce=nonce)
-        with self._told(f"restore {number}", lambda: {"nonce": self._nonce_of(found)}):
-            found, lost = restore_newest(self._store, self.protocol, self._helpers, needs)
-        if self._board is not None:
-            others = range(1, self._board.peers.count)
-            self._awaited += [(f"restored {number} {rank}", rank) for rank in others]
-        return found, lost
+        """Reads the newest backup, with other processes if there are any; see `restore_newest`."""
 
-    def _nonce_of(self, found: StoredBackup | None) -> str:
-        return "" if found is None or self.committed is None else self.committed.nonce
+        def read_own(record: BackupRecord) -> StoredBackup:
+            return read_backup(self._store, record, self._helpers, needs)
+
+        reading = self._reading
+        if reading is None:
+            return restore_newest(self.place, self.protocol, read_own)
+
+        def read_all(record: BackupRecord) -> StoredBackup:
+            return reading.read(record, lambda: read_own(record))
+
+        try:
+            found, lost = restore_newest(self.place, self.protocol, read_all)
+        except BaseException as e:
+            with contextlib.suppress(PeerError):  # then they find out by themselves
+                reading.end(None, str(e))
+            raise
+        reading.end(found)
+        return found, lost
 
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""
@@ -197,7 +178,6 @@ class BackupDirectory:
 
     def delete_backup(self) -> None:
         """Removes every backup, and nothing that stepsave did not write."""
-        self._wait_for_readers()
         self.protocol.delete_all()
 
     def release(self, *, remove: bool = False) -> None:

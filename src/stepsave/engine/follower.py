@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable
 
+from stepsave.engine.agreed_reading import FollowedReading
 from stepsave.engine.agreement import Following, Order, Report, SkippedError
 from stepsave.engine.commit import Written
 from stepsave.engine.known_files import training_path
@@ -27,9 +27,6 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("FollowerDirectory",)
-
-_READ_S = 3600.0
-"""How long process 0 may take to read a backup."""
 
 _SIGHT_S = 30.0
 """How long what another machine has written may take to be seen: network file systems keep old
@@ -52,7 +49,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         self._log = log
         self._board = board
         self._following = Following(board)
-        self._restores = itertools.count()
+        self._reading = FollowedReading(board)
         self._written: dict[str, Written] = {}  # by the nonce of the backup
 
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
@@ -168,30 +165,8 @@ class FollowerDirectory(ReadOnlyDirectory):
             self._following.report()
 
     def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
-        """Reads the backup that process 0 restores, at the same time.
-
-        Raises:
-            BackupDirectoryError: If it could not, or that backup is not to be seen here.
-            CorruptBackupError: If it cannot be read here.
-            PeerError: If process 0 says nothing.
-        """
-        number = next(self._restores)
-        first = self._board.hear(f"reads {number}")["nonce"]
-        found, error = None, None
-        if first:
-            try:
-                found = self._read(first, needs)
-            except Exception as e:  # noqa: BLE001  raised below, if process 0 can read it
-                error = e
-        told = self._board.hear(f"restore {number}", _READ_S)
-        if told["error"]:
-            raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
-        if told["nonce"] != first:  # it has fallen back
-            found = self._read(told["nonce"], needs)
-        elif error is not None:
-            raise error
-        self._board.say(f"restored {number} {self._board.peers.rank}")
-        return found, ""
+        """Reads the backup that all processes restore, at the same time; see `FollowedReading`."""
+        return self._reading.read(lambda nonce: self._read(nonce, needs)), ""
 
     def _read(self, nonce: str, needs: Needs | None) -> StoredBackup:
         record, rank = self._record(nonce), self._board.peers.rank
@@ -209,7 +184,7 @@ class FollowerDirectory(ReadOnlyDirectory):
 
         if not _comes_true(look):
             raise BackupDirectoryError(
-                f"{self._store.root}: process 0 has restored a backup that is not to be seen here. "
+                f"{self._store.root}: process 0 restores a backup that is not to be seen here. "
                 "The file system shows the processes different things."
             )
         return records[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from stepsave.engine.markers import Markers
-from stepsave.engine.reader import Needs, StoredBackup, restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, read_backup, restore_newest
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError
 from stepsave.format.records import BackupRecord
@@ -96,7 +96,9 @@ class ReadOnlyDirectory:
             before = self._read_markers()
             try:
                 found, lost = restore_newest(
-                    self._store, Markers(self._store), self._helpers, needs
+                    str(self._store.root),
+                    Markers(self._store),
+                    lambda record: read_backup(self._store, record, self._helpers, needs),
                 )
             except Exception as e:  # noqa: BLE001  raised below, if nobody else is the cause
                 error = e

@@ -17,6 +17,7 @@ from stepsave.errors import (
     BucketError,
     CorruptBackupError,
     FormatVersionError,
+    PeerError,
     StepsaveError,
 )
 from stepsave.format import orbax
@@ -82,11 +83,16 @@ class StoredBackup:
 
 
 def restore_newest(
-    store: Store, markers: Markers, helpers: Crew, needs: Needs | None = None
+    place: str, markers: Markers, read: Callable[[BackupRecord], StoredBackup]
 ) -> tuple[StoredBackup | None, str]:
     """Reads the newest valid backup, or the one before it if that cannot be read.
 
     Falls back whatever the error, and tells the markers so.
+
+    Args:
+        place: The directory or the bucket, for texts.
+        markers: Its markers.
+        read: Reads one.
 
     Returns:
         The backup, or None if there never was one; and a text that names what is lost if it is
@@ -100,15 +106,15 @@ def restore_newest(
     error: Exception | None = markers.problems.get(COMMIT)
     if newest is not None:
         try:
-            return read_backup(store, newest, helpers, needs), ""
-        except BucketError:
+            return read(newest), ""
+        except (BucketError, PeerError):
             raise  # it is not lost, but out of reach
         except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
             error = e
     backup = None
     if previous is not None:
         try:
-            backup = read_backup(store, previous, helpers, needs)
+            backup = read(previous)
         except Exception as e:  # noqa: BLE001  as above
             if error is None:
                 error = e
@@ -116,22 +122,22 @@ def restore_newest(
                 error.add_note(f"The backup before it cannot be read either: {e}")
     if backup is None:
         if error is not None:
-            raise _as_corrupt(store, error)
+            raise _as_corrupt(place, error)
         return None, ""
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
     markers.fall_back()
     return backup, (
-        f"stepsave: {what} in {store.root} cannot be read. Restored the one before it, of step "
+        f"stepsave: {what} in {place} cannot be read. Restored the one before it, of step "
         f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
     )
 
 
-def _as_corrupt(store: Store, error: Exception) -> Exception:
+def _as_corrupt(place: str, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
     found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
-    wrapped = CorruptBackupError(f"{store.root}: the backup cannot be read: {found}. {_ADVICE}")
+    wrapped = CorruptBackupError(f"{place}: the backup cannot be read: {found}. {_ADVICE}")
     wrapped.__cause__ = error
     return wrapped
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Literal
 
 from stepsave.engine.agreement import Leading, Order, Report, SkippedError
@@ -70,20 +69,15 @@ class Writer:
         self._log = log
         self._shards = Shards(store, helpers, direct=direct, lanes=lanes)
 
-    def write(self, request: SaveRequest, ready: Callable[[], None]) -> None:
-        """Makes a save durable, or says in its handle why it is not.
-
-        Args:
-            request: The save.
-            ready: Returns when the directory may be changed.
-        """
+    def write(self, request: SaveRequest) -> None:
+        """Makes a save durable, or says in its handle why it is not."""
         handle = request.handle
         if not handle.claim.accept():
             self.pass_over(handle.step)  # the call that claimed it was interrupted
             return
         durable_s, error = None, None
         try:
-            self._commit(request, ready)
+            self._commit(request)
             durable_s = time.perf_counter() - request.began_s
         except SkippedError as e:
             self._drop(handle.step, e)
@@ -101,11 +95,10 @@ class Writer:
         """Says to other processes that a save is skipped."""
         self._drop(step, SkippedError())
 
-    def _commit(self, request: SaveRequest, ready: Callable[[], None]) -> None:
+    def _commit(self, request: SaveRequest) -> None:
         snapshot, handle, training = request.snapshot, request.handle, request.training
         blueprint, share = snapshot.blueprint, snapshot.share
         try:
-            ready()
             directory = self._protocol.begin(blueprint, handle.step)
             written = self._protocol.take_written(blueprint.plan, share.shards)
             if self._leading is not None:

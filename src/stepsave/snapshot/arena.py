@@ -22,6 +22,10 @@ __all__ = ("Arena", "ArenaPool", "Claim", "copy_thread_count", "pages_for")
 # layout then grows by some bytes, and the arenas need not be made again.
 _SLACK_BYTES = 1 << 20
 
+_MOST_SPARE = 1.5
+"""How many times larger than an arena memory may be that is to be one: one of several processes may
+have restored all of a state of which it saves a part."""
+
 
 def copy_thread_count() -> int:
     """Threads that saturate memory bandwidth on most machines, within the process's share."""
@@ -194,7 +198,8 @@ class ArenaPool:
         self._threads = copy_thread_count()
         self.capacity_bytes = _capacity_bytes(plan)
         self._arenas: list[Arena] = []
-        if restored is not None and restored.size_bytes >= self.capacity_bytes:
+        most_bytes = _MOST_SPARE * self.capacity_bytes
+        if restored is not None and self.capacity_bytes <= restored.size_bytes <= most_bytes:
             self.capacity_bytes = restored.size_bytes
             self._arenas.append(Arena(restored, is_blank=False))
         available = self._available_bytes()

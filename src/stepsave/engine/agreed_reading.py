@@ -1,0 +1,96 @@
+"""How processes restore the same backup: what one of them cannot read, none takes.
+
+Each reads its part only, so a flipped bit may show to one of them. Process 0 names a backup, all
+read it at the same time and say what came of it; then process 0 says that it is taken, or names the
+one before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from stepsave.engine.peers import Board
+from stepsave.engine.reader import StoredBackup
+from stepsave.errors import BackupDirectoryError, BucketError, CorruptBackupError
+from stepsave.format.records import BackupRecord
+
+__all__ = ("FollowedReading", "LedReading")
+
+_READ_S = 3600.0
+"""How long a process may take to read its part of a backup."""
+
+
+class LedReading:
+    """For process 0, one restore after the other."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._number = 0
+
+    def read(self, record: BackupRecord, read_own: Callable[[], StoredBackup]) -> StoredBackup:
+        """Has all read a backup; returns what this process needs of it.
+
+        Raises:
+            CorruptBackupError: If another process cannot read its part.
+            BucketError: If the backup is out of another one's reach.
+            PeerError: If one says nothing.
+            Exception: What `read_own` has raised.
+        """
+        number = self._number
+        self._number += 1
+        self._board.say(f"reads {number}", nonce=record.nonce)
+        try:
+            found = read_own()
+        finally:
+            others = range(1, self._board.peers.count)
+            told = {
+                rank: self._board.hear(f"read {number} {rank}", _READ_S, who=rank)
+                for rank in others
+            }
+        for rank, one in told.items():
+            if one["error"]:
+                kind = BucketError if one["is_away"] else CorruptBackupError
+                what = f"can read the backup, process {rank} cannot"
+                raise kind(self._board.text(what, one["error"]))
+        return found
+
+    def end(self, found: StoredBackup | None, error: str = "") -> None:
+        """Says what came of a restore."""
+        number = self._number
+        self._number += 1
+        self._board.say(f"reads {number}", is_found=found is not None, error=error)
+
+
+class FollowedReading:
+    """For the others."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._numbers = itertools.count()
+
+    def read(self, read_own: Callable[[str], StoredBackup]) -> StoredBackup | None:
+        """Returns what this process needs of the backup that all take.
+
+        Args:
+            read_own: Reads that of the backup with a nonce.
+
+        Raises:
+            BackupDirectoryError: If process 0 could restore none.
+            PeerError: If it says nothing.
+        """
+        found: StoredBackup | None = None
+        for number in self._numbers:
+            told = self._board.hear(f"reads {number}", _READ_S)
+            if "nonce" not in told:
+                if told["error"]:
+                    raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
+                return found if told["is_found"] else None
+            found, error, is_away = None, "", False
+            try:
+                found = read_own(told["nonce"])
+            except Exception as e:  # noqa: BLE001  process 0 decides what comes of it
+                error, is_away = f"{type(e).__name__}: {e}", isinstance(e, BucketError)
+            rank = self._board.peers.rank
+            self._board.say(f"read {number} {rank}", error=error, is_away=is_away)
+        raise AssertionError
