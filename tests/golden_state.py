@@ -1,8 +1,9 @@
 """The state of the golden backups. Must never change: it says what old backups hold.
 
-    python tests/golden_state.py DIRECTORY
+    python tests/golden_state.py DIRECTORY [processes]
 
-writes a backup of it, as was done once for each format version.
+writes a backup of it, as was done once for each format: by one process, or by two that have it on
+two devices each.
 """
 
 import sys
@@ -25,6 +26,39 @@ def state():
     }
 
 
+SPREAD = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import golden_state, stepsave
+
+rank, count, port = map(int, sys.argv[1:4])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_x64", True)
+jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+
+def spread(array):
+    if isinstance(array, dict):  # in its own order, which `jax.tree.map` does not keep
+        return {key: spread(value) for key, value in array.items()}
+    spec = {2: P(None, "y"), 1: P(("x", "y")), 0: P()}[array.ndim]
+    sharding = NamedSharding(mesh, P() if array.size == 0 else spec)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+state = spread(golden_state.state())
+with stepsave.Checkpointer(sys.argv[4]) as saver:
+    metadata = golden_state.METADATA if rank == 0 else {"rank": rank}
+    saver.save(golden_state.STEP, state, metadata).wait()
+"""
+
+
 if __name__ == "__main__":
-    with stepsave.Checkpointer(sys.argv[1]) as saver:
-        saver.save(STEP, state(), METADATA).wait()
+    if sys.argv[2:] == ["processes"]:
+        from peers_support import Processes
+
+        with Processes(SPREAD, sys.argv[1]) as processes:
+            processes.results()
+    else:
+        with stepsave.Checkpointer(sys.argv[1]) as saver:
+            saver.save(STEP, state(), METADATA).wait()

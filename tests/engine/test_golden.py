@@ -1,5 +1,6 @@
 """Every released format restores for ever, and version 1 is written as it was."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,8 @@ VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 
 def test_there_is_a_golden_backup_of_each_format():
-    assert [f"v{n}" for n in range(1, FORMAT_VERSION + 1)] == VERSIONS
+    made = [f"v{n}" for n in range(1, FORMAT_VERSION + 1)]
+    assert [*made, "v1-processes"] == VERSIONS
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -30,6 +32,13 @@ def test_a_golden_backup_restores(version, tmp_path):
     assert backup.step == golden_state.STEP
     assert backup.metadata == golden_state.METADATA
     assert_same_bits(backup.state, golden_state.state())
+
+
+def test_the_golden_backup_of_processes_is_in_blocks_and_has_what_each_of_them_knew():
+    backup = GOLDEN / "v1-processes" / str(golden_state.STEP)
+    assert json.loads((backup / "layout.json").read_text())["format"] == 2
+    metadata = json.loads((backup / "training.1.json").read_text())["metadata"]
+    assert metadata == {"rank": 1}
 
 
 def test_the_constant_files_of_this_version_are_byte_for_byte_those_of_the_golden_backup():

@@ -106,7 +106,6 @@ class Leading:
                     f"saves with others, but the state of process {other[0]} has another structure"
                 )
             )
-        self._forget()
         digests, files = list(mine.digests), list(mine.files)
         for rank in sorted(said):
             digests += said[rank]["digests"]
@@ -134,16 +133,18 @@ class Leading:
                     )
                 ) from e
 
-    def _forget(self) -> None:
-        """Removes what all have heard: they have answered something later."""
-        for number in range(self._forgotten, self._number):
+    def _forget(self, end: int) -> None:
+        """Removes what was said of the saves before one that all have answered."""
+        for number in range(self._forgotten, end):
             for what in (f"save {number}", f"wrote {number}", f"done {number}"):
                 self._board.forget(what)
-        self._forgotten = self._number
+        self._forgotten = end
 
     def end(self, nonce: str) -> None:
         """Says that a save is durable, as the backup that has this nonce."""
+        number = self._number
         self._say_end(nonce=nonce)
+        self._forget(number)
 
     def drop(self, step: int, error: BaseException) -> None:
         """Says that a save is given up."""

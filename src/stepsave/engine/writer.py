@@ -11,6 +11,7 @@ concurrent or interrupted. The shards of a save are written by the keeper and he
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import Literal
 
@@ -29,6 +30,8 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("SaveRequest", "Writer", "WriterKind", "choose_direct", "start_threads")
+
+_logger = logging.getLogger("stepsave")
 
 WriterKind = Literal["auto", "direct", "tensorstore"]
 
@@ -86,8 +89,8 @@ class Writer:
             return
         except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
             error = e
+            self._drop(handle.step, e)  # first, or the others would wonder where it has gone
             self._abandon(e)
-            self._drop(handle.step, e)
         self._log.count_end(handle, durable_s)
         handle.end(durable_s, error)
 
@@ -120,7 +123,10 @@ class Writer:
         )
         self._protocol.publish(record)
         if self._leading is not None:
-            self._leading.end(record.nonce)
+            try:
+                self._leading.end(record.nonce)
+            except PeerError as e:  # it is committed all the same; the next save finds out
+                _logger.warning("step %d is saved, but others do not know: %s", handle.step, e)
 
     def _drop(self, step: int, error: BaseException) -> None:
         """Says to other processes, if there are any, that a save is given up."""
