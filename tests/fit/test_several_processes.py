@@ -3,7 +3,9 @@
 import os
 import signal
 
+import keras
 import pytest
+from engine_support import assert_same_bits
 from peers_support import Processes
 
 import stepsave
@@ -196,3 +198,7 @@ def test_another_number_of_processes_goes_on_and_says_what_cannot_be_exact(tmp_p
     backup = stepsave.restore(place)
     assert backup.step == 24
     assert backup.metadata["processes"] == 4
+    stock = keras.saving.load_model(place)  # by one process, which knows of no mesh
+    saved = backup.state["trainable_variables"]["sequential"]["dense"]
+    assert_same_bits(stock.layers[-1].kernel.numpy(), saved["kernel"])
+    assert_same_bits(stock.layers[-1].bias.numpy(), saved["bias"])

@@ -282,7 +282,18 @@ interrupt = Interrupt(step=6)
 callback = stepsave.BackupAndRestore(backup_dir, 10, delete_checkpoint=False)
 fit_interrupted(split, callback, interrupt, epochs=2)
 leave(callback)
-assert_same_state(restored(make(), backup_dir).state, interrupt.state)
+again = make()
+assert_same_state(restored(again, backup_dir).state, interrupt.state)
+assert '"format":2' in open(f"{backup_dir}/10/layout.json").read(), "in blocks"
+for distribution in (keras.distribution.distribution(), keras.distribution.DataParallel()):
+    keras.distribution.set_distribution(distribution)
+    for load in (
+        lambda m: m.load_weights(backup_dir), lambda m: keras.saving.load_model(backup_dir)
+    ):
+        other = make()
+        other = load(other) or other
+        for a, b in zip(other.get_weights(), again.get_weights(), strict=True):
+            assert a.tobytes() == b.tobytes()
 print("all equal")
 """
 
