@@ -307,3 +307,27 @@ def test_what_one_process_cannot_read_none_restores(tmp_path):
     assert "process 1 cannot. The reason: CorruptBackupError" in lines[0][-2]
     assert "data of 'columns'" in lines[0][-2]
     assert stepsave.restore(place).step == 3
+
+
+ELSEWHERE = (
+    PRELUDE
+    + """
+from jax.sharding import SingleDeviceSharding
+there = SingleDeviceSharding(jax.devices()[1])
+parts = [jax.device_put(np.zeros(3), jax.devices()[1])] if rank == 1 else []
+state = {"mine": jax.make_array_from_single_device_arrays(
+    (3,), there, parts, dtype=np.dtype("float32"))}
+with stepsave.Checkpointer(place) as saver:
+    if rank == 0:
+        try:
+            saver.prepare(state)
+        except stepsave.InvalidStateError as e:
+            print(e, flush=True)
+"""
+)
+
+
+def test_what_lies_with_another_process_alone_is_refused(tmp_path):
+    with Processes(ELSEWHERE, tmp_path / "backup", "1x2", environment=devices(1)) as processes:
+        lines = processes.results()
+    assert "'mine': expected an array of which this process has a part" in lines[0][-1]

@@ -50,6 +50,11 @@ class Spreads:
         if not isinstance(leaf, jax.Array):
             return None
         sharding: Any = leaf.sharding
+        if not leaf.sharding.addressable_devices:
+            raise InvalidStateError(
+                "expected an array of which this process has a part, or its own, found one that "
+                "lies with other processes alone. Put it on a mesh of all."
+            )
         if len(sharding.device_set) == 1:
             return None
         if leaf.is_fully_addressable and not self._is_alone:
