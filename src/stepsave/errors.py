@@ -142,4 +142,4 @@ class ChangedTrainingWarning(UserWarning):
 
 
 class SaveFailedWarning(UserWarning):
-    """Warns that a bucket could not be reached: that save is lost, and training goes on."""
+    """Warns that a save is lost, as a bucket or another process did not answer; training goes on."""

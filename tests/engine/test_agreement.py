@@ -253,6 +253,26 @@ with stepsave.Checkpointer(place) as saver:
 )
 
 
+@pytest.mark.xdist_group("buckets")
+def test_processes_killed_while_they_write_into_a_bucket_leave_what_was_durable(s3):
+    def environment(rank, count, port):
+        return devices(1)(rank, count, port) | s3_environment(s3.url)
+
+    acknowledged = 0
+    for victim in (1, 0, 1):
+        with Processes(KILL, s3.place, "1x2", 0.01, environment=environment) as processes:
+            begun = int(processes.children[victim].stdout.readline().split()[1])
+            assert begun >= acknowledged
+            acknowledged = (begun // 3 + 2) * 3
+            processes.wait_for(f"durable {acknowledged}", victim)
+            processes.children[victim].kill()
+        backup = stepsave.restore(s3.place)
+        assert backup.step >= acknowledged
+        for name, array in backup.state.items():
+            if name not in ("host", "step"):
+                assert_same_bits(array, value_of(name, array.shape, backup.step))
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_processes_killed_at_any_moment_leave_what_was_durable(tmp_path, victim):
     place = tmp_path / "backup"
