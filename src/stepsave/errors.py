@@ -142,4 +142,4 @@ class ChangedTrainingWarning(UserWarning):
 
 
 class SaveFailedWarning(UserWarning):
-    """Warns that a save is lost, as a bucket or another process did not answer; training goes on."""
+    """Warns that a save is lost: a bucket or another process did not answer. Training goes on."""

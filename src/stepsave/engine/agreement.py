@@ -127,11 +127,9 @@ class Leading:
                 if time.monotonic() < end_s - _EARLY_S:
                     raise
                 late = ", ".join(map(str, missing))
-                raise PeerError(
-                    self._board.text(
-                        f"has waited {limit_s:.0f} s for the part of process(es) {late} of a save"
-                    )
-                ) from e
+                what = f"has waited {limit_s:.0f} s for the part of process(es) {late} of a save"
+                advice = "Each must open the same place and save the same steps, not one for all"
+                raise PeerError(self._board.text(f"{what}. {advice}")) from e
 
     def _forget(self, end: int) -> None:
         """Removes what was said of the saves before one that all have answered."""
