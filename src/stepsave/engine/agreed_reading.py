@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from stepsave.engine.agreement import patience_s
 from stepsave.engine.peers import Board
 from stepsave.engine.reader import StoredBackup
 from stepsave.errors import BackupDirectoryError, BucketError, CorruptBackupError
@@ -18,7 +19,7 @@ from stepsave.format.records import BackupRecord
 __all__ = ("FollowedReading", "LedReading")
 
 _READ_S = 3600.0
-"""How long a process may take to read its part of a backup."""
+"""How long all of them together may take to read a backup, of which nobody knows the size yet."""
 
 
 class LedReading:
@@ -40,13 +41,14 @@ class LedReading:
         number = self._number
         self._number += 1
         self._board.say(f"reads {number}", nonce=record.nonce)
+        size_bytes = record.shard_bytes * len(record.shard_digests)
         try:
             found = read_own()
         finally:
-            others = range(1, self._board.peers.count)
+            limit_s = min(patience_s(size_bytes), _READ_S)
             told = {
-                rank: self._board.hear(f"read {number} {rank}", _READ_S, who=rank)
-                for rank in others
+                rank: self._board.hear(f"read {number} {rank}", limit_s, who=rank)
+                for rank in range(1, self._board.peers.count)
             }
         for rank, one in told.items():
             if one["error"]:

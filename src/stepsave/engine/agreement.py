@@ -22,7 +22,7 @@ from stepsave.engine.peers import LIMIT_S, Board
 from stepsave.errors import PeerError
 from stepsave.format.records import FileRecord
 
-__all__ = ("Following", "Leading", "Order", "Report", "SkippedError")
+__all__ = ("Following", "Leading", "Order", "Report", "SkippedError", "patience_s")
 
 _SLOWEST_BYTES_PER_S = 10e6
 """No storage that many processes share is meant to be slower; what is, has its save fail."""
