@@ -1,24 +1,37 @@
 """Several processes that train one model, on the loopback."""
 
 import contextlib
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 
+LIMIT_S = 240
+
+
+_PORTS, _PORTS_PER_WORKER = 20_000, 2_000
+"""Below those that systems give to outgoing connections, which may take one at any moment; and of
+the workers of one run each has its own."""
+
+_taken = itertools.count(random.SystemRandom().randrange(_PORTS_PER_WORKER))
+
 
 def free_ports(count):
     """The first of so many ports in a row that nobody uses."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 6
     while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            first = 0
+        place = next(_taken) * 8 % _PORTS_PER_WORKER
+        first = _PORTS + worker * _PORTS_PER_WORKER + place
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for number in range(count):
                 probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", first + number if number else 0))
-                first = first or probe.getsockname()[1]
+                probe.bind(("127.0.0.1", first + number))
             return first
 
 
@@ -54,9 +67,13 @@ class Processes:
         ]
 
     def __enter__(self):
+        # One that dies early has the others of some frameworks wait for ever.
+        self._limit = threading.Timer(LIMIT_S, self.kill)
+        self._limit.start()
         return self
 
     def __exit__(self, *_):
+        self._limit.cancel()
         for child in self.children:
             child.kill()
             child.communicate()
@@ -66,7 +83,9 @@ class Processes:
         for found in self.children[rank].stdout:
             if found.strip() == line:
                 return
-        raise AssertionError(f"process {rank} ended: {self.children[rank].stderr.read()[-3000:]}")
+        self.kill()
+        ends = [child.communicate()[1][-2000:] for child in self.children]
+        raise AssertionError(f"process {rank} ended before {line!r}. All say: {ends}")
 
     def kill(self):
         for child in self.children:
@@ -74,7 +93,8 @@ class Processes:
 
     def results(self):
         """Waits for the end; the last lines that they printed, all ended well."""
-        ends = [child.communicate(timeout=240) for child in self.children]
+        ends = [child.communicate() for child in self.children]
         for rank, (child, (_, err)) in enumerate(zip(self.children, ends, strict=True)):
-            assert child.returncode == 0, f"process {rank}: {err[-3000:]}"
+            others = [one[1][-1000:] for one in ends]
+            assert child.returncode == 0, f"process {rank}: {err[-3000:]}; all: {others}"
         return [out.strip().splitlines() for out, _ in ends]

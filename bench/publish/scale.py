@@ -18,7 +18,7 @@ from bench.goodput import (
     mean_time_between_failures_s,
     share_lost,
 )
-from bench.publish.collected import Collected, markdown_table, ms, number, subject
+from bench.publish.collected import Collected, Result, markdown_table, ms, number, subject
 from bench.publish.details import machine_line
 from bench.publish.pictures import FAINT, LOOKS, STYLE
 
@@ -57,7 +57,18 @@ def inputs(collected: Collected) -> dict[str, Inputs]:
 
 def text(collected: Collected, base: Path) -> str:
     """The tables, and the picture, as a document in a folder shows them."""
-    lines = [*_processes(collected), *_planning(collected), *_goodput(collected)]
+    sections = (
+        (
+            "Measured: one state, saved by 1, 2 and 4 processes",
+            collected.get("processes"),
+            _processes,
+        ),
+        ("Measured: deciding who saves what", collected.get("planning"), _planning),
+        ("Simulated: the share of time that failures cost", inputs(collected), _goodput),
+    )
+    lines: list[str] = []
+    for title, found, table in sections:
+        lines += [f"### {title}", "", *(table(found) if found else ["Not measured."]), ""]
     picture = collected.directory / "goodput.svg"
     if picture.exists():
         what = "Time lost to saves and failures, by the time between two saves"
@@ -65,11 +76,7 @@ def text(collected: Collected, base: Path) -> str:
     return "\n".join([f"On {machine_line(collected)}.", "", *lines])
 
 
-def _processes(collected: Collected) -> list[str]:
-    result = collected.get("processes")
-    lines = ["### Measured: one state, saved by 1, 2 and 4 processes", ""]
-    if result is None:
-        return [*lines, "Not measured.", ""]
+def _processes(result: Result) -> list[str]:
     settings, summary = result["settings"], result["summary"]
     caption = (
         f"{settings['state_bytes'] / 1e6:.0f} MB of replicated JAX arrays; all processes on one "
@@ -79,7 +86,6 @@ def _processes(collected: Collected) -> list[str]:
         "percentile). *Beyond the slowest writer*: from when the last process has written its "
         "shards until the backup is committed."
     )
-    lines += [caption, ""]
     head = ["processes", "bytes of each", "stall", "durable", "beyond the slowest writer"]
     rows = [
         [
@@ -92,14 +98,10 @@ def _processes(collected: Collected) -> list[str]:
         ]
         for count, found in summary.items()
     ]
-    return [*lines, *markdown_table([*head, "restore, each all of it"], rows), ""]
+    return [caption, "", *markdown_table([*head, "restore, each all of it"], rows)]
 
 
-def _planning(collected: Collected) -> list[str]:
-    result = collected.get("planning")
-    lines = ["### Measured: deciding who saves what", ""]
-    if result is None:
-        return [*lines, "Not measured.", ""]
+def _planning(result: Result) -> list[str]:
     settings, summary = result["settings"], result["summary"]
     mesh = settings["mesh"]
     said = (
@@ -112,14 +114,10 @@ def _planning(collected: Collected) -> list[str]:
         f"common ({settings['files_bytes'] / 1e6:.0f} MB). Loads differ by "
         f"{(settings['balance'] - 1) * 100:.1f} %."
     )
-    return [*lines, said, ""]
+    return [said]
 
 
-def _goodput(collected: Collected) -> list[str]:
-    found = inputs(collected)
-    lines = ["### Simulated: the share of time that failures cost", ""]
-    if not found:
-        return [*lines, "Not measured.", ""]
+def _goodput(found: dict[str, Inputs]) -> list[str]:
     head = ["", "a save holds up", "a resume takes longer by"]
     for count in ACCELERATORS:
         hours = mean_time_between_failures_s(count) / 3600
@@ -137,7 +135,7 @@ def _goodput(collected: Collected) -> list[str]:
             lost = share_lost(one, best_s, failing_s) * 100
             cells.append(f"{number(lost)} % (saving every {number(best_s)} s)")
         rows.append(cells)
-    return [*lines, *markdown_table(head, rows), ""]
+    return markdown_table(head, rows)
 
 
 def draw(collected: Collected) -> None:

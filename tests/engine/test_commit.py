@@ -11,6 +11,7 @@ from crc32c import crc32c
 from engine_support import (
     assert_is_state_of,
     flip_bit,
+    plan_of,
     read_marker,
     restore_once,
     save_once,
@@ -21,8 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stepsave
-from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
+from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, CommitProtocol
+from stepsave.engine.known_files import is_spare
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
+from stepsave.format.blueprint import Blueprint
 from stepsave.format.marker import decode_marker, encode_claim, encode_marker
 from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 from stepsave.store import places
@@ -225,6 +228,34 @@ def test_what_a_crash_left_is_taken_in(tmp_path, marker):
         saver.save(3, state_of(3)).wait()
     assert set(os.listdir(tmp_path)) - {SPARE} == {"3", COMMIT, "LOCK"}
     assert_is_state_of(restore_once(tmp_path))
+
+
+def test_where_several_write_no_name_is_used_twice_and_nothing_is_taken_in(tmp_path):
+    store = LocalStore(tmp_path)
+    blueprint = Blueprint(plan_of([np.zeros(10)]), {})
+    left = tmp_path / "spare-0123abcd/pytree/d/c"
+    left.mkdir(parents=True)
+    (left / "0").write_bytes(b"somebody halted may still write here")
+    protocol = CommitProtocol(store, double_checkpoint=False, is_shared=True)
+    names = []
+    for step in range(1, 5):
+        names.append(protocol.begin(blueprint, step))
+        for number in range(blueprint.plan.shard_count):
+            (tmp_path / f"{names[-1]}/pytree/d/c/{number}").write_bytes(b"shard")
+        protocol.publish(protocol.seal(blueprint, step, b"{}", (0,) * blueprint.plan.shard_count))
+    names.append(protocol.begin(blueprint, 5))
+    protocol.abandon()
+    names.append(protocol.begin(blueprint, 6))
+    assert len(set(names)) == len(names)
+    assert all(is_spare(name) for name in names)
+    assert "spare-0123abcd" not in os.listdir(tmp_path)
+    # A new run takes nothing in either, and one process alone cleans up after several.
+    for is_shared in (True, False):
+        again = CommitProtocol(store, double_checkpoint=False, is_shared=is_shared)
+        name = again.begin(blueprint, 7)
+        assert name not in names
+        assert not os.listdir(tmp_path / f"{name}/pytree/d/c")
+        assert sorted(os.listdir(tmp_path)) == sorted(["4", COMMIT, name])
 
 
 def test_switching_double_checkpoint_off_leaves_one_backup(tmp_path):

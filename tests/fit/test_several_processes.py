@@ -69,6 +69,21 @@ data = tf.data.Dataset.from_tensor_slices((mine, mine[:, :3])).batch(3)
 
 SPREAD = (
     CODE.replace(
+        "import stepsave\n",
+        """
+import stepsave
+from stepsave.engine import reader
+
+real = reader.Extents
+def extents(plan, regions=None):
+    for path, some in (regions or {}).items():
+        if path[0] == "trainable_variables" and path[-1] == "kernel":
+            print("needs", [[(cut.start, cut.stop) for cut in region] for region in some])
+    return real(plan, regions)
+reader.Extents = extents
+""",
+    )
+    .replace(
         """
 keras.distribution.set_distribution(
     keras.distribution.DataParallel(devices=keras.distribution.list_devices(),
@@ -128,6 +143,9 @@ def test_a_fit_of_two_processes_that_are_killed_goes_on_as_if_nothing_had_happen
     with Processes(code, tmp_path / "killed", 0, environment=environment) as again:
         found = again.results()
     assert [lines[-2:] for lines in found] == [["epochs 2", expected[0][-1]]] * 2
+    needs = [line for lines in found for line in lines if line.startswith("needs")]
+    halves = ["needs [[(0, 4), (0, 2)]]", "needs [[(0, 4), (2, 4)]]"]  # of the kernel's columns
+    assert needs == (halves if code is SPREAD else [])
     assert stepsave.restore(tmp_path / "killed").step == 24
 
 

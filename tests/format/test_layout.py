@@ -1,32 +1,17 @@
 import contextlib
 import copy
 import json
-import math
 
 import pytest
 from engine_support import check_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_support import chunk_limit, leaf_lists, limits
 
 from stepsave.errors import CorruptBackupError, FormatVersionError
-from stepsave.format import planning
 from stepsave.format.layout import decode_layout, encode_layout
 from stepsave.format.planning import compile_layout
-from stepsave.format.records import DTYPES, LeafSpec
-
-shapes = st.lists(st.integers(0, 40), max_size=4).map(tuple).filter(lambda s: math.prod(s) < 5000)
-leaf_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPES))), max_size=6).map(
-    lambda specs: [LeafSpec((f"w{i}",), *spec) for i, spec in enumerate(specs)]
-)
-limits = st.sampled_from([1 << 8, 1 << 10, 1 << 12])
-
-
-@contextlib.contextmanager
-def chunk_limit(limit_bytes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "CHUNK_LIMIT_BYTES", limit_bytes)
-        patch.setattr(planning, "SHARD_TARGET_BYTES", 4 * limit_bytes)
-        yield
+from stepsave.format.records import LeafSpec
 
 
 @given(leaf_lists, limits)

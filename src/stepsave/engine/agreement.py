@@ -27,7 +27,6 @@ __all__ = ("Following", "Leading", "Order", "Report", "SkippedError", "patience_
 _SLOWEST_BYTES_PER_S = 10e6
 """No storage that many processes share is meant to be slower; what is, has its save fail."""
 
-
 _EARLY_S = 0.5  # the service may count a little faster
 
 

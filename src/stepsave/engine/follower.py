@@ -16,7 +16,7 @@ from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.reader import Needs, StoredBackup, read_backup
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.shard_writing import Shards
-from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.engine.writer import SaveRequest, WriterKind, carry_out
 from stepsave.errors import BackupDirectoryError, PeerError
 from stepsave.format.checksum import crc32c
 from stepsave.format.orbax import ARENA_PATH
@@ -85,22 +85,7 @@ class FollowerDirectory(ReadOnlyDirectory):
 
     def write(self, request: SaveRequest) -> None:
         """Writes this process's part of a save; returns when all of it is durable, or given up."""
-        handle = request.handle
-        if not handle.claim.accept():
-            self.pass_over(handle.step)
-            return
-        durable_s, error = None, None
-        try:
-            self._save(request)
-            durable_s = time.perf_counter() - request.began_s
-        except SkippedError:
-            self._log.count_skipped()
-            handle.skip()
-            return
-        except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
-            error = e
-        self._log.count_end(handle, durable_s)
-        handle.end(durable_s, error)
+        carry_out(request, self._log, self._save, self.pass_over)
 
     def _save(self, request: SaveRequest) -> None:
         handle, size_bytes = request.handle, request.handle.bytes

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from stepsave.engine.agreement import Leading, Order, Report, SkippedError
@@ -29,7 +30,14 @@ from stepsave.store.lock import READ_ONLY_ADVICE
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
-__all__ = ("SaveRequest", "Writer", "WriterKind", "choose_direct", "start_threads")
+__all__ = (
+    "SaveRequest",
+    "Writer",
+    "WriterKind",
+    "carry_out",
+    "choose_direct",
+    "start_threads",
+)
 
 _logger = logging.getLogger("stepsave")
 
@@ -53,6 +61,38 @@ class SaveRequest:
     began_s: float
 
 
+def carry_out(
+    request: SaveRequest,
+    log: SaveLog,
+    save: Callable[[SaveRequest], None],
+    pass_over: Callable[[int], None],
+) -> None:
+    """Carries a save out; says in its handle and in the log how it ended.
+
+    Args:
+        request: The save.
+        log: Of the checkpointer.
+        save: Makes it durable.
+        pass_over: Called with the step if the save was dropped before.
+    """
+    handle = request.handle
+    if not handle.claim.accept():
+        pass_over(handle.step)  # the call that claimed it was interrupted
+        return
+    durable_s, error = None, None
+    try:
+        save(request)
+        durable_s = time.perf_counter() - request.began_s
+    except SkippedError:
+        log.count_skipped()
+        handle.skip()
+        return
+    except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
+        error = e
+    log.count_end(handle, durable_s)
+    handle.end(durable_s, error)
+
+
 class Writer:
     """Writes saves into a directory, one after the other. For the keeper's thread."""
 
@@ -74,29 +114,22 @@ class Writer:
 
     def write(self, request: SaveRequest) -> None:
         """Makes a save durable, or says in its handle why it is not."""
-        handle = request.handle
-        if not handle.claim.accept():
-            self.pass_over(handle.step)  # the call that claimed it was interrupted
-            return
-        durable_s, error = None, None
-        try:
-            self._commit(request)
-            durable_s = time.perf_counter() - request.began_s
-        except SkippedError as e:
-            self._drop(handle.step, e)
-            self._log.count_skipped()
-            handle.skip()
-            return
-        except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
-            error = e
-            self._drop(handle.step, e)  # first, or the others would wonder where it has gone
-            self._abandon(e)
-        self._log.count_end(handle, durable_s)
-        handle.end(durable_s, error)
+        carry_out(request, self._log, self._save, self.pass_over)
 
     def pass_over(self, step: int) -> None:
         """Says to other processes that a save is skipped."""
         self._drop(step, SkippedError())
+
+    def _save(self, request: SaveRequest) -> None:
+        try:
+            self._commit(request)
+        except SkippedError as e:
+            self._drop(request.handle.step, e)
+            raise
+        except BaseException as e:
+            self._drop(request.handle.step, e)  # first, or others would wonder where it has gone
+            self._abandon(e)
+            raise
 
     def _commit(self, request: SaveRequest) -> None:
         snapshot, handle, training = request.snapshot, request.handle, request.training

@@ -21,8 +21,10 @@ __all__ = (
     "HostArray",
     "SavedArray",
     "ScatteredArray",
+    "as_bits",
     "backend_of",
     "backends_of",
+    "bits_of",
     "bytes_of",
     "device_name",
     "dtype_name",
@@ -31,6 +33,21 @@ __all__ = (
 )
 
 HostArray = np.ndarray[Any, Any]
+
+# NumPy copies these dtypes with a plain loop over bytes; others go through slower code
+# that also holds the GIL, so extension types are copied as unsigned integers.
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Returns the dtype by which arrays of a dtype are copied."""
+    is_native = dtype.isbuiltin == 1
+    return dtype if is_native else np.dtype(_BITS[dtype.itemsize])
+
+
+def as_bits(array: HostArray) -> HostArray:
+    """Returns an array by that dtype, in the same memory."""
+    return array if array.dtype.isbuiltin == 1 else array.view(bits_of(array.dtype))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,10 +92,11 @@ class ScatteredArray:
             for (begin, end), size in zip(bounds, self.chunk_shape, strict=True)
         ]
         part = np.empty([end - begin for begin, end in bounds], self.dtype)
-        for place in itertools.product(*grid):
-            chunk = self.chunks[place]
-            if chunk.shape == part.shape and math.prod(map(len, grid)) == 1:
+        if all(len(places) == 1 for places in grid):
+            chunk = self.chunks[tuple(places[0] for places in grid)]
+            if chunk.shape == part.shape:
                 return chunk
+        for place in itertools.product(*grid):
             source: list[slice] = []
             target: list[slice] = []
             for axis, at in enumerate(place):
@@ -87,7 +105,7 @@ class ScatteredArray:
                 low, high = max(begin, first), min(end, first + self.chunk_shape[axis])
                 source.append(slice(low - first, high - first))
                 target.append(slice(low - begin, high - begin))
-            part[tuple(target)] = chunk[tuple(source)]
+            as_bits(part)[tuple(target)] = as_bits(self.chunks[place])[tuple(source)]
         return part
 
     @property

@@ -305,9 +305,9 @@ class Capture:
                 for path, array in zip(paths, arrays, strict=True)
             ]
             deal = deal_layout(specs)
+            share = deal.share(0)
         else:
-            deal = selection.deal
-        share = deal.share(0 if self._team is None else self._team.rank)
+            deal, share = selection.deal, selection.share
         plan = share.plan
         if structure is not None:
             _logger.debug(

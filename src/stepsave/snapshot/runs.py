@@ -16,7 +16,7 @@ import numpy as np
 from stepsave.format.checksum import combine_crc32c, crc32c
 from stepsave.format.layout import CHECKSUM_BYTES
 from stepsave.format.records import DTYPES, ChunkSpec, LayoutPlan
-from stepsave.snapshot.arrays import HostArray
+from stepsave.snapshot.arrays import HostArray, as_bits, bits_of
 from stepsave.snapshot.contents import Piece, digest
 from stepsave.snapshot.pages import Bytes
 
@@ -38,10 +38,6 @@ _PACK_BYTES = 512 << 10
 _PIECE_BYTES = 512 << 10
 """How much of a large chunk is copied before it is checked: it is in the core's cache then.
 Less costs more turns at the interpreter's lock."""
-
-# NumPy copies these dtypes with a plain loop over bytes; others go through slower code
-# that also holds the GIL, so extension types are copied as unsigned integers.
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Run(Protocol):
@@ -107,7 +103,7 @@ class Pack:
         for target, leaf in zip(self.targets, self.leaves, strict=True):
             array = source(leaf)
             if array is not None:
-                target[...] = _as_bits(array)
+                target[...] = as_bits(array)
         # A loop in C: no Python runs per chunk.
         checksums = np.fromiter(map(crc32c, self.sealed), "<u4", len(self.sealed))
         self.arena[self.seals] = checksums.view(np.uint8).reshape(-1, CHECKSUM_BYTES)
@@ -247,7 +243,7 @@ def _make_pack(plan: LayoutPlan, arena: Bytes, place: Place, chunks: Sequence[Ch
     for chunk in chunks:
         leaf = plan.leaves[chunk.leaf]
         target = arena[chunk.offset_bytes : chunk.offset_bytes + chunk.stored_bytes]
-        targets.append(target.view(_bits_of(DTYPES[leaf.dtype])).reshape(leaf.shape))
+        targets.append(target.view(bits_of(DTYPES[leaf.dtype])).reshape(leaf.shape))
     memory, last = arena.data, chunks[-1]
     end = last.offset_bytes + last.stored_bytes + CHECKSUM_BYTES
     return Pack(
@@ -279,14 +275,5 @@ def _seal_places(chunks: Sequence[ChunkSpec]) -> np.ndarray[Any, np.dtype[np.int
     return ends[:, None] + np.arange(CHECKSUM_BYTES)
 
 
-def _bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    is_native = dtype.isbuiltin == 1
-    return dtype if is_native else np.dtype(_BITS[dtype.itemsize])
-
-
-def _as_bits(array: HostArray) -> HostArray:
-    return array if array.dtype.isbuiltin == 1 else array.view(_bits_of(array.dtype))
-
-
 def _flat(array: HostArray) -> Bytes:
-    return np.ascontiguousarray(_as_bits(array)).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(as_bits(array)).reshape(-1).view(np.uint8)
