@@ -299,12 +299,10 @@ def test_one_process_is_no_peer():
     assert find_peers() is None
 
 
-def test_what_several_processes_cannot_share_is_refused(monkeypatch, tmp_path):
+def test_what_several_processes_cannot_share_is_refused(monkeypatch):
     from stepsave.engine import opening
 
     peers = Peers(0, 2, "JAX", lambda *_: None, lambda *_: "", lambda _: None)
     monkeypatch.setattr(opening, "find_peers", lambda: peers)
     with pytest.raises(stepsave.BackupDirectoryError, match=r"2 processes \(JAX\).*memory of one"):
         stepsave.Checkpointer("memory://peers")
-    with pytest.raises(stepsave.BackupDirectoryError, match="`local_dir` is not supported yet"):
-        stepsave.Checkpointer("memory://peers", local_dir=tmp_path / "x")

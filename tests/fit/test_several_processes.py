@@ -1,10 +1,12 @@
 """A `fit` of several processes: process 0 saves, all go on from its backup, bit for bit."""
 
 import os
+import shutil
 import signal
 
 import keras
 import pytest
+from bucket_support import s3, s3_target
 from engine_support import assert_same_bits
 from peers_support import Processes
 
@@ -117,6 +119,7 @@ weights = b""",
     )
 )
 
+__all__ = ("s3", "s3_target")
 pytestmark = pytest.mark.skipif(
     os.environ["KERAS_BACKEND"] != "jax",
     reason="on PyTorch `fit` knows of one process; under TensorFlow's strategy for several workers "
@@ -220,3 +223,25 @@ def test_another_number_of_processes_goes_on_and_says_what_cannot_be_exact(tmp_p
     saved = backup.state["trainable_variables"]["sequential"]["dense"]
     assert_same_bits(stock.layers[-1].kernel.numpy(), saved["kernel"])
     assert_same_bits(stock.layers[-1].bias.numpy(), saved["bias"])
+
+
+@pytest.mark.xdist_group("buckets")
+def test_a_fit_with_a_disk_for_each_process_goes_on_from_what_all_of_them_have(s3, tmp_path):
+    disk = tmp_path / "disk"
+    code = SPREAD.replace(
+        "place, 1, delete", f"place, 1, local_dir={str(disk)!r}, upload_every='1h', delete"
+    ).replace("backup.stats().state_bytes // backup.stats().started", "0")
+    with Processes(code, s3.place + "/whole", 0, environment=environment) as whole:
+        expected = whole.results()
+    assert stepsave.restore(s3.place + "/whole").step == 24
+    shutil.rmtree(disk)
+    place = s3.place + "/killed"
+    with Processes(code, place, 0.2, environment=environment) as killed:
+        for batch in (7, 3):  # of the second epoch
+            killed.wait_for(f"batch {batch}")
+        killed.kill()
+    assert 1 <= stepsave.restore(place).step < 9
+    with Processes(code, place, 0, environment=environment) as again:
+        found = again.results()
+    assert [lines[-2:] for lines in found] == [["epochs 2", expected[0][-1]]] * 2
+    assert stepsave.restore(place).step == 24

@@ -1,37 +1,17 @@
 import collections
-import itertools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layout_support import chunk_limit, leaf_lists, limits, shapes
+from layout_support import chunk_limit, leaf_lists, limits, shapes, spread_leaves
 
 from stepsave.errors import InvalidStateError
 from stepsave.format import planning
 from stepsave.format.layout import decode_layout, encode_layout
 from stepsave.format.planning import Spread, compile_layout, deal_layout
 from stepsave.format.records import DTYPES, LeafSpec
-
-
-@st.composite
-def spread_leaves(draw):
-    """Arrays in blocks, each of which some processes have; and how many processes there are."""
-    count = draw(st.integers(1, 4))
-    leaves, spreads = [], []
-    for i in range(draw(st.integers(0, 5))):
-        block = draw(st.lists(st.integers(0, 9), max_size=3).map(tuple))
-        cuts = draw(st.tuples(*[st.integers(1, 3) for _ in block]))
-        shape = tuple(size * cut for size, cut in zip(block, cuts, strict=True))
-        if draw(st.integers(0, 3)) == 0:
-            spreads.append(None)
-        else:
-            some = st.sets(st.integers(0, count - 1), min_size=1)
-            places = itertools.product(*map(range, cuts))
-            spreads.append(Spread(block, {place: tuple(sorted(draw(some))) for place in places}))
-        leaves.append(LeafSpec((f"w{i}",), shape, draw(st.sampled_from(["uint8", "float32"]))))
-    return leaves, spreads, count
 
 
 def check_places(plan):

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from stepsave.engine.peers import LIMIT_S, Board
 from stepsave.errors import PeerError
@@ -27,6 +27,7 @@ __all__ = ("Following", "Leading", "Order", "Report", "SkippedError", "patience_
 _SLOWEST_BYTES_PER_S = 10e6
 """No storage that many processes share is meant to be slower; what is, has its save fail."""
 
+_LOOK_S = 0.02
 _EARLY_S = 0.5  # the service may count a little faster
 
 
@@ -85,6 +86,31 @@ class Leading:
         self._board.say(f"save {self._number}", **dataclasses.asdict(order))
         self._begun = order.step
 
+    def ask(self, limit_s: float, is_off: Callable[[], bool]) -> int:
+        """Returns the newest step that another process holds; from then on all hold theirs.
+
+        Raises:
+            SkippedError: If it is called off meanwhile.
+            PeerError: If one does not answer in time, or has nothing more to do with it.
+        """
+        board, number = self._board, self._number
+        board.say(f"ask {number}")
+        end_s = time.monotonic() + limit_s
+        while True:
+            said = board.hear_all(f"holds {number}")
+            missing = {*range(1, board.peers.count)} - said.keys()
+            if not missing:
+                return max(facts["step"] for facts in said.values())
+            if gone := missing & board.hear_all("gone").keys():
+                raise PeerError(board.text(f"is to upload, and process {min(gone)} has left"))
+            if is_off():
+                raise SkippedError
+            if time.monotonic() > end_s:
+                late = ", ".join(map(str, sorted(missing)))
+                what = f"has waited {limit_s:.0f} s for process(es) {late} to upload with it"
+                raise PeerError(board.text(what))
+            time.sleep(_LOOK_S)
+
     def gather(self, mine: Report, size_bytes: int) -> Report:
         """Returns what all have written: all shards in order, and all files.
 
@@ -133,8 +159,8 @@ class Leading:
     def _forget(self, end: int) -> None:
         """Removes what was said of the saves before one that all have answered."""
         for number in range(self._forgotten, end):
-            for what in (f"save {number}", f"wrote {number}", f"done {number}"):
-                self._board.forget(what)
+            for what in ("ask", "holds", "save", "wrote", "done"):
+                self._board.forget(f"{what} {number}")
         self._forgotten = end
 
     def end(self, nonce: str) -> None:
@@ -152,8 +178,9 @@ class Leading:
             self._say_end(error=_reason(error))
 
     def close(self) -> None:
-        """Says that there is no further save."""
+        """Says that there is no further save, and no upload."""
         self._board.say(f"save {self._number}", step=None)
+        self._board.say(f"ask {self._number}")
 
     def _say_end(self, *, nonce: str = "", error: str = "") -> None:
         number, self._begun = self._number, None
@@ -196,6 +223,43 @@ class Following:
             raise
         return Order(**told)
 
+    def await_ask(self, limit_s: float, is_off: Callable[[], bool]) -> bool:
+        """Returns when process 0 wants to upload; False if it does not in time, or never will.
+
+        Args:
+            limit_s: How long to wait.
+            is_off: Whether to wait no longer.
+        """
+        end_s = time.monotonic() + limit_s
+        while True:
+            left_s = max(0.0, end_s - time.monotonic())
+            if self._board.watch(f"ask {self._number}", left_s, is_off) is None:
+                return False
+            told = self._board.peek(f"save {self._number}")
+            if told is None or told["step"] is None:
+                return told is None
+            self._number += 1  # given up: it has not waited for this process
+
+    def answer(self, step: int) -> None:
+        """Says which step this process holds."""
+        self._board.say(f"holds {self._number}/{self._board.peers.rank}", step=step)
+
+    def hear_upload(self, limit_s: float) -> Order:
+        """Returns what process 0 says of the upload that it has asked for.
+
+        Raises:
+            PeerError: If it has given it up, or says nothing.
+        """
+        told = self._board.watch(f"save {self._number}", limit_s)
+        if told is None or "error" in told:
+            self._number += 1
+            self._raise("it says nothing" if told is None else told["error"])
+        return Order(**told)
+
+    def leave(self) -> None:
+        """Says that this process uploads nothing any more."""
+        self._board.say(f"gone/{self._board.peers.rank}")
+
     def check_wanted(self) -> None:
         """Raises if process 0 has given up the save that it ordered: it waits for nobody any more.
 
@@ -228,7 +292,7 @@ class Following:
             self._raise(told["error"])
         return told["nonce"]
 
-    def _raise(self, reason: str) -> None:
+    def _raise(self, reason: str) -> NoReturn:
         if reason == _SKIPPED:
             raise SkippedError
         raise PeerError(

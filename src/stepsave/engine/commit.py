@@ -99,6 +99,7 @@ class CommitProtocol(Markers):
         # Directories that somebody still reads when they are retired, and those that are read now.
         self._left: list[BackupRecord] = []
         self.is_read: Callable[[str], bool] = lambda _: False
+        self.make_nonce: Callable[[int], str] = lambda _: os.urandom(16).hex()
         self._begin_ns = 0
         self.read_markers()
         if self.claim is not None:
@@ -184,7 +185,7 @@ class CommitProtocol(Markers):
             self._files.write(f"{self._spare}/{path}", data)
         # Without it a power cut can lose the entries of the files just written.
         self._files.sync_directory(self._spare)
-        directory, nonce = str(step), os.urandom(16).hex()
+        directory, nonce = str(step), self.make_nonce(step)
         self._files.rename(self._spare, directory)
         self._spare_of = frozenset()
         if contents is not None:
@@ -232,6 +233,14 @@ class CommitProtocol(Markers):
             self._set_marker(PREVIOUS, None)
             self._remove_backup(oldest.directory)
         self._retire(before)
+
+    def record_of(self, step: int) -> BackupRecord | None:
+        """Returns the backup of a step that is there and whole, for threads other than the keeper.
+
+        None if there is none; or for a moment, while the keeper retires it.
+        """
+        some = (self.committed, self.previous, *self._left)
+        return next((record for record in some if record is not None and record.step == step), None)
 
     def forget(self) -> None:
         """Gives up the backups that there are, for a newer one elsewhere, with the next `begin`."""

@@ -151,9 +151,10 @@ class FollowerDirectory(ReadOnlyDirectory):
 
     def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the backup that all processes restore, at the same time; see `FollowedReading`."""
-        return self._reading.read(lambda nonce: self._read(nonce, needs)), ""
+        return self._reading.read(lambda nonce: self.read(nonce, needs)), ""
 
-    def _read(self, nonce: str, needs: Needs | None) -> StoredBackup:
+    def read(self, nonce: str, needs: Needs | None) -> StoredBackup:
+        """Reads the backup that has a nonce, as far as this process needs it."""
         record, rank = self._record(nonce), self._board.peers.rank
         return read_backup(self._store, record, self._helpers, needs, rank=rank)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from stepsave.errors import BackupDirectoryError
 from stepsave.format import orbax
+from stepsave.format.holding import HOLDING_PATH
 from stepsave.store.local import PROBE_NAME, TEMPORARY_SUFFIX, LocalStore
 from stepsave.store.lock import LOCK_LIMIT_BYTES, LOCK_NAME
 
@@ -54,6 +55,7 @@ _KNOWN_FILES = {
     "_sharding",
     "_strings.json",
     "commit_success.txt",
+    HOLDING_PATH,
     "index",
     "layout.json",
     "manifest.ocdbt",

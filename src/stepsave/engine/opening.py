@@ -7,6 +7,7 @@ import os
 
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.follower import FollowerDirectory
+from stepsave.engine.joint_tiers import JointTiers
 from stepsave.engine.peers import Board, Peers, find_peers
 from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.saves import SaveLog
@@ -21,7 +22,7 @@ from stepsave.threads import Crew
 
 __all__ = ("Directory", "Place")
 
-Directory = BackupDirectory | ReadOnlyDirectory | TieredDirectory | FollowerDirectory
+Directory = BackupDirectory | ReadOnlyDirectory | TieredDirectory | JointTiers | FollowerDirectory
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Place:
         """
         store, pace, peers = open_store(target), UploadPace.of(upload_every), find_peers()
         if peers is not None and not read_only:
-            _check_shared(store, local_dir, peers)
+            _check_shared(store, peers)
         if local_dir is None:
             return cls(store, None, pace, read_only, peers)
         local = open_store(local_dir)
@@ -80,15 +81,18 @@ class Place:
     @property
     def team(self) -> Team | None:
         """The processes that save together; None if this one saves all of it, or nothing."""
-        peers = self.peers
-        if peers is None or self.read_only or not peers.share_saves:
+        peers, keep_all = self.peers, self.local is not None
+        if peers is None or self.read_only or not (peers.share_saves or keep_all):
             return None
-        return Team(peers.rank, peers.count)
+        return Team(peers.rank, peers.count, keep_all)
 
     def make_directory(self, log: SaveLog, helpers: Crew) -> Directory:
         """Returns what keeps backups there; touches nothing."""
         if self.read_only:
             return ReadOnlyDirectory(self.store, helpers)
+        if self.local is not None and self.peers is not None:
+            assert isinstance(self.store, BucketStore)
+            return JointTiers(self.store, self.local, self.pace, log, helpers, self.peers)
         board = None if self.peers is None else Board(self.peers, str(self.store.root))
         if board is not None and not board.peers.is_leader:
             return FollowerDirectory(self.store, log, helpers, board)
@@ -98,14 +102,10 @@ class Place:
         return BackupDirectory(self.store, log, helpers, board)
 
 
-def _check_shared(store: Store, local_dir: object, peers: Peers) -> None:
-    text = f"{store.root}: {peers.count} processes ({peers.framework}) train this model"
-    if local_dir is not None:
-        raise BackupDirectoryError(
-            f"{text}, and with them `local_dir` is not supported yet. Leave it out."
-        )
+def _check_shared(store: Store, peers: Peers) -> None:
     if store.keeps_data:
         raise BackupDirectoryError(
-            f"{text}, and what lies in the memory of one the others do not see. Use a directory "
+            f"{store.root}: {peers.count} processes ({peers.framework}) train this model, and "
+            "what lies in the memory of one the others do not see. Use a directory "
             "that all see, or a bucket."
         )

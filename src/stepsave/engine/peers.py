@@ -12,6 +12,7 @@ import datetime as dt
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = ("Board", "Peers", "count_processes", "find_peers")
 LIMIT_S = 600.0
 """How long to wait for another process to begin with what all of them do."""
 
+_LOOK_S, _LOOK_GROWTH, _LOOK_MOST_S = 0.02, 1.2, 0.25
 _SHOWN_CHARACTERS = 500  # of an error of the service, or of another process
 
 
@@ -37,8 +39,9 @@ class Peers:
         hear: Returns what somebody says under a key, waiting so many seconds at most.
         peek: Returns what somebody has said under a key, None if nobody has.
         hear_all: Returns what was said under all keys below one, by the rest of the key; None
-            where that cannot be asked.
-        forget: Removes a key, and all below it.
+            where that can only be asked key by key.
+        forget: Removes a key, and all below it; None where keys stay.
+        share_saves: Whether each saves a part; else all have everything, and process 0 saves it.
     """
 
     rank: int
@@ -49,16 +52,12 @@ class Peers:
     peek: Callable[[str], str | None]
     hear_all: Callable[[str], dict[str, str]] | None = None
     forget: Callable[[str], None] | None = None
+    share_saves: bool = False
 
     @property
     def is_leader(self) -> bool:
         """Whether this process opens the directory, and says which backups are valid."""
         return self.rank == 0
-
-    @property
-    def share_saves(self) -> bool:
-        """Whether each saves a part; else all have everything, and process 0 saves it."""
-        return self.hear_all is not None
 
 
 class Board:
@@ -100,13 +99,30 @@ class Board:
         said = self.peers.peek(f"{self._prefix}/{what}")
         return None if said is None else json.loads(said)
 
+    def watch(
+        self, what: str, limit_s: float, is_off: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        """Returns what was said about something; None if nothing was in time, or it is called off.
+
+        Unlike `hear` it keeps no connection to the service busy, so other threads can talk.
+        """
+        end_s, pause_s = time.monotonic() + limit_s, _LOOK_S
+        while True:
+            said = self.peek(what)
+            if said is not None or is_off() or time.monotonic() > end_s:
+                return said
+            time.sleep(pause_s)
+            pause_s = min(pause_s * _LOOK_GROWTH, _LOOK_MOST_S)
+
     def hear_all(self, what: str) -> dict[int, dict[str, Any]]:
-        """Returns what processes have said so far about something, by their rank.
+        """Returns what other processes have said so far about something, by their rank.
 
         Raises:
             PeerError: If the service does not answer.
         """
-        assert self.peers.hear_all is not None
+        if self.peers.hear_all is None:
+            said = {rank: self.peek(f"{what}/{rank}") for rank in range(1, self.peers.count)}
+            return {rank: facts for rank, facts in said.items() if facts is not None}
         try:
             found = self.peers.hear_all(f"{self._prefix}/{what}")
         except Exception as e:
@@ -119,7 +135,8 @@ class Board:
         Raises:
             PeerError: If the service does not do it.
         """
-        assert self.peers.forget is not None
+        if self.peers.forget is None:
+            return
         try:
             self.peers.forget(f"{self._prefix}/{what}")
         except Exception as e:
@@ -179,7 +196,7 @@ def _of_jax() -> Peers | None:
         client.key_value_delete(key)
 
     rank, count, say = state.process_id, state.num_processes, client.key_value_set
-    return Peers(rank, count, "JAX", say, hear, peek, hear_all, forget)
+    return Peers(rank, count, "JAX", say, hear, peek, hear_all, forget, share_saves=True)
 
 
 def _of_torch() -> Peers | None:

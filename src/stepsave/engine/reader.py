@@ -14,6 +14,7 @@ from stepsave.engine.known_files import COMMIT, TRAINING_PATH, is_training, trai
 from stepsave.engine.markers import Markers
 from stepsave.errors import (
     ArenaMemoryError,
+    BackupDirectoryError,
     BucketError,
     CorruptBackupError,
     FormatVersionError,
@@ -22,6 +23,7 @@ from stepsave.errors import (
 )
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
+from stepsave.format.holding import HOLDING_PATH
 from stepsave.format.layout import (
     CHECKSUM_BYTES,
     PAGE_BYTES,
@@ -44,10 +46,23 @@ from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
-__all__ = ("Needs", "StoredBackup", "read_backup", "read_files", "read_shard", "restore_newest")
+__all__ = (
+    "Needs",
+    "StoredBackup",
+    "read_backup",
+    "read_files",
+    "read_shard",
+    "restore_newest",
+    "shard_digest",
+)
 
 Needs = Callable[[Sequence[LeafSpec]], Regions]
 """Says, of the arrays of a backup, which parts this process needs."""
+
+Whole = tuple[
+    Sequence[LeafSpec],
+    Callable[[Sequence[LeafSpec], Sequence[SavedArray]], Sequence[SavedArray]],
+]
 
 _ADVICE = (
     "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
@@ -149,6 +164,7 @@ def read_backup(
     needs: Needs | None = None,
     *,
     rank: int = 0,
+    whole: Whole | None = None,
 ) -> StoredBackup:
     """Reads what a marker vouches for; every byte returned has matched a CRC-32C.
 
@@ -161,9 +177,12 @@ def read_backup(
         helpers: Threads that read too.
         needs: Says which parts of its arrays are needed; None for all.
         rank: Which process of its training this is.
+        whole: If it is the part of a state that one process has kept: the arrays of the state, and
+            what makes them of those that are read.
 
     Raises:
         ArenaMemoryError: If there is no memory for it.
+        BackupDirectoryError: If it is such a part, and nobody says so, or the other way round.
         CorruptBackupError: If anything is missing, truncated or altered, naming the file.
         OSError: If the file system fails.
     """
@@ -171,6 +190,12 @@ def read_backup(
     own = own if any(file.path == own for file in record.files) else TRAINING_PATH
     some = (file for file in record.files if file.path == own or not is_training(file.path))
     files = read_files(store, record, helpers, tuple(some))
+    if (HOLDING_PATH in files) != (whole is not None):
+        raise BackupDirectoryError(
+            f"{store.path(record.directory)}: expected a whole backup, found what one of several "
+            "processes keeps on its disk. Restore it by as many processes with `local_dir=` as it "
+            "was saved by, or restore what is in the bucket."
+        )
     for path in (orbax.LAYOUT_PATH, own):
         if path not in files:
             raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
@@ -193,8 +218,12 @@ def read_backup(
         lambda number: read_shard(store, record, plan, number, memory, extents),
         helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
-    leaves = _view_leaves(plan, memory, extents)
-    paths = [leaf.path for leaf in plan.leaves]
+    leaves: Sequence[SavedArray] = _view_leaves(plan, memory, extents)
+    specs: Sequence[LeafSpec] = plan.leaves
+    if whole is not None:
+        specs, join = whole
+        leaves = join(plan.leaves, leaves)
+    paths = [leaf.path for leaf in specs]
     training = cast("dict[str, Any]", json.loads(files[own]))
     try:
         notes = decode_structure(training.get("structure"))
@@ -206,7 +235,7 @@ def read_backup(
             f"{store.path(record.directory)}/{own}: expected a structure that fits the "
             f"arrays, found {e!r}. {_ADVICE}"
         ) from e
-    flat = FlatState(paths, leaves, notes)
+    flat = FlatState(paths, list(leaves), notes)
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
 
 
@@ -323,6 +352,14 @@ def read_shard(
             f"{store.path(path)}: expected the shard with digest {expected:08x}, found "
             f"{digest:08x}: a shard of another save. {_ADVICE}"
         )
+
+
+def shard_digest(plan: LayoutPlan, number: int, shard: Bytes) -> int:
+    """Returns what `BackupRecord.shard_digests` says of a shard, from its checksums."""
+    start_bytes = number * plan.shard_bytes
+    seals = (chunk.offset_bytes + chunk.stored_bytes for chunk in plan.shard_chunks[number])
+    begins = (seal - start_bytes for seal in seals)
+    return crc32c(b"".join(bytes(shard.data[begin:][:CHECKSUM_BYTES]) for begin in begins))
 
 
 def _view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[SavedArray]:

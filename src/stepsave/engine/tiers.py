@@ -13,7 +13,7 @@ from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.reader import Needs, StoredBackup, read_files
 from stepsave.engine.saves import SaveLog
-from stepsave.engine.uploading import Uploader, UploadPace
+from stepsave.engine.uploading import LoneUpload, Uploader, UploadPace
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BucketError, CorruptBackupError
 from stepsave.format import orbax
@@ -54,7 +54,8 @@ class TieredDirectory:
         assert isinstance(remote, BucketCommit)
         assert isinstance(local, CommitProtocol)
         self.writer_name = self._local.writer_name
-        self._uploader = Uploader(self._local_store, self._bucket, remote, self._pace, self._log)
+        upload = LoneUpload(self._local_store, self._bucket, remote)
+        self._uploader = Uploader(upload, str(self._bucket.root), self._pace, self._log)
         local.is_read = self._uploader.is_reading
         self._on_disk = local
         self._note_remote()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import queue
 import re
 import time
+from collections.abc import Callable
 
+from stepsave.engine.agreement import SkippedError
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.reader import read_files, read_shard
 from stepsave.engine.saves import SaveLog
-from stepsave.errors import BackupDirectoryError
+from stepsave.errors import BackupDirectoryError, PeerError
 from stepsave.format import orbax
 from stepsave.format.layout import decode_layout
-from stepsave.format.records import BackupRecord
+from stepsave.format.records import BackupRecord, LayoutPlan
 from stepsave.snapshot.pages import Bytes, allocate_pages
 from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Call, Crew
 
-__all__ = ("UploadPace", "Uploader")
+__all__ = ("LoneUpload", "Upload", "UploadPace", "Uploader", "copy_shards")
 
 _LANES = 4
 """Shards under way at a time: enough for a usual network, and each takes a buffer of its size."""
@@ -58,53 +61,147 @@ class UploadPace:
         )
 
 
+class Upload(abc.ABC):
+    """How one backup of a directory gets into a bucket. For the thread that uploads.
+
+    Attributes:
+        held: What must stay as it is on the disk, while it is under way.
+        is_last: Whether the keeper waits for its end, so that no other backup comes meanwhile.
+        is_off: Whether nothing is to be begun any more that would wait for other processes.
+    """
+
+    def __init__(self) -> None:
+        self.held: BackupRecord | None = None
+        self.is_last = self.is_off = False
+
+    def hold(self, record: BackupRecord) -> None:
+        """Takes note of what comes next; for the keeper's thread."""
+        self.held = record
+
+    def holds(self, directory: str) -> bool:
+        """Whether a backup must stay; for the keeper's thread, which is about to retire it."""
+        return self.held is not None and self.held.directory == directory
+
+    @abc.abstractmethod
+    def knows(self, record: BackupRecord) -> bool:
+        """Whether a backup is in the bucket."""
+
+    @abc.abstractmethod
+    def bring(self, record: BackupRecord, crew: Crew) -> float | None:
+        """Brings it there; returns when it was saved, None if another one was to be.
+
+        Raises:
+            Exception: Whatever comes between.
+        """
+
+    @abc.abstractmethod
+    def abandon(self) -> None:
+        """Takes note that it was not brought there."""
+
+
+class LoneUpload(Upload):
+    """Brings what this process alone has saved."""
+
+    def __init__(self, local: LocalStore, bucket: BucketStore, remote: BucketCommit) -> None:
+        """Touches nothing yet.
+
+        Args:
+            local: Where to read.
+            bucket: Where to write.
+            remote: The protocol there, which nobody else uses while an upload is under way.
+        """
+        super().__init__()
+        self._local = local
+        self._bucket = bucket
+        self._remote = remote
+
+    def knows(self, record: BackupRecord) -> bool:
+        """Whether it is the newest there."""
+        there = self._remote.committed
+        return there is not None and there.nonce == record.nonce
+
+    def bring(self, record: BackupRecord, crew: Crew) -> float:
+        """Copies it; see `Upload.bring`."""
+        files = read_files(self._local, record, crew)
+        source = str(self._local.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
+        plan = decode_layout(files[orbax.LAYOUT_PATH], source)
+        directory = self._remote.begin_with(files, record.step)
+        shards = ShardArray(self._bucket, directory, plan)
+        copy_shards(self._local, record, plan, shards, range(plan.shard_count), crew)
+        self._remote.complete()
+        self._remote.publish(dataclasses.replace(record, directory=directory))
+        return orbax.saved_at_s(files[orbax.METADATA_PATH])
+
+    def abandon(self) -> None:
+        """Has the next one go to another folder."""
+        self._remote.abandon()
+
+
+def copy_shards(
+    local: LocalStore,
+    record: BackupRecord,
+    plan: LayoutPlan,
+    target: ShardArray,
+    numbers: range,
+    crew: Crew,
+    note: Callable[[int, Bytes], None] | None = None,
+) -> None:
+    """Copies the first shards of a backup, verified, to where shards have these numbers.
+
+    `note` is told the number there, and the shard.
+    """
+    buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+
+    def copy(number: int) -> None:
+        try:
+            buffer = buffers.get_nowait()
+        except queue.Empty:
+            buffer = allocate_pages(plan.shard_bytes)
+        read_shard(local, record, plan, number, buffer)
+        if note is not None:
+            note(numbers.start + number, buffer)
+        target.write(numbers.start + number, buffer)
+        buffers.put(buffer)  # not after an error: a request that was given up may read it
+
+    count = len(numbers)
+    crew.share(range(count), copy, helpers=max(0, min(_LANES, count) - 1))
+
+
 class Uploader:
     """Uploads the newest backup of a directory, one at a time. For the keeper's thread.
 
     What it reads stays as it is meanwhile: the commit protocol asks `is_reading`.
     """
 
-    def __init__(
-        self,
-        local: LocalStore,
-        bucket: BucketStore,
-        remote: BucketCommit,
-        pace: UploadPace,
-        log: SaveLog,
-    ) -> None:
+    def __init__(self, upload: Upload, place: str, pace: UploadPace, log: SaveLog) -> None:
         """Starts its threads.
 
         Args:
-            local: Where to read.
-            bucket: Where to write.
-            remote: The protocol there, which nobody else uses while an upload is under way.
+            upload: How it is done.
+            place: Where to, for texts.
             pace: How often.
             log: Told how uploads end.
 
         Raises:
             BackupDirectoryError: If so many threads cannot be started.
         """
-        self._local = local
-        self._bucket = bucket
-        self._remote = remote
+        self._upload = upload
         self._pace = pace
         self._log = log
-        self._since = pace.saves - 1  # so that the first one goes up at once
-        self._begun_s = -pace.seconds
-        self._record: BackupRecord | None = None  # the last one that was begun with
+        self._make_due()  # so that the first one goes up at once
+        self._tried: BackupRecord | None = None  # the last one that was, or was not, brought there
         self._call: Call[None] | None = None
         try:
             self._crew = Crew(_LANES, "stepsave-uploader")
         except RuntimeError as e:
             raise BackupDirectoryError(
-                f"{bucket.root}: cannot start {_LANES} threads for uploads: {e}. Raise the limit "
+                f"{place}: cannot start {_LANES} threads for uploads: {e}. Raise the limit "
                 "on threads (ulimit -u)."
             ) from e
 
     def is_reading(self, directory: str) -> bool:
         """Whether a directory is needed as it is."""
-        record = self._record
-        return self._is_busy and record is not None and record.directory == directory
+        return self._is_busy and self._upload.holds(directory)
 
     @property
     def _is_busy(self) -> bool:
@@ -121,50 +218,51 @@ class Uploader:
 
     def bring(self, record: BackupRecord) -> None:
         """Returns when a backup is in the bucket, or was tried to be brought there."""
-        self.wait()
-        known = (self._record, self._remote.committed)
-        if all(one is None or one.nonce != record.nonce for one in known):
+        self._wait()
+        tried = self._tried
+        if not self._upload.knows(record) and (tried is None or tried.nonce != record.nonce):
             self._begin(record)
-            self.wait()
+            self._wait()
 
     def wait(self) -> None:
-        """Returns when none is under way; each has a limit."""
+        """Returns when none is under way; each has a limit, and waits for nobody else from now."""
+        self._upload.is_off = True
+        self._wait()
+        self._upload.is_off = False
+
+    def _wait(self) -> None:
+        self._upload.is_last = True
         if self._call is not None:
             self._call.done.wait()
+        self._upload.is_last = False
+
+    def _make_due(self) -> None:
+        """Has the next one go up: what processes have missed is no reason to wait for long."""
+        self._since = self._pace.saves - 1
+        self._begun_s = -self._pace.seconds
 
     def end(self) -> None:
         """Ends its threads when none is under way."""
         self._crew.end()
 
     def _begin(self, record: BackupRecord) -> None:
-        self._record = record
-        self._call = self._crew.begin(lambda: self._upload(record))
+        self._upload.hold(record)
+        self._call = self._crew.begin(lambda: self._bring(record))
 
-    def _upload(self, record: BackupRecord) -> None:
+    def _bring(self, record: BackupRecord) -> None:
+        upload = self._upload
         try:
-            self._copy(record)
+            saved_at_s = upload.bring(record, self._crew)
+        except SkippedError:
+            self._make_due()
+            upload.abandon()
         except BaseException as e:  # noqa: BLE001  kept, and raised or warned of at the next call
-            self._remote.abandon()
-            self._log.note_failed_upload(record.step, e)
-
-    def _copy(self, record: BackupRecord) -> None:
-        files = read_files(self._local, record, self._crew)
-        source = str(self._local.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
-        plan = decode_layout(files[orbax.LAYOUT_PATH], source)
-        directory = self._remote.begin_with(files, record.step)
-        shards = ShardArray(self._bucket, directory, plan)
-        buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-
-        def copy(number: int) -> None:
-            try:
-                buffer = buffers.get_nowait()
-            except queue.Empty:
-                buffer = allocate_pages(plan.shard_bytes)
-            read_shard(self._local, record, plan, number, buffer)
-            shards.write(number, buffer)
-            buffers.put(buffer)  # not after an error: a request that was given up may read it
-
-        self._crew.share(range(plan.shard_count), copy, helpers=min(_LANES, plan.shard_count) - 1)
-        self._remote.complete()
-        self._remote.publish(dataclasses.replace(record, directory=directory))
-        self._log.note_upload(record.step, orbax.saved_at_s(files[orbax.METADATA_PATH]))
+            if isinstance(e, PeerError):
+                self._make_due()
+            upload.abandon()
+            self._tried = upload.held
+            self._log.note_failed_upload((upload.held or record).step, e)
+        else:
+            if saved_at_s is not None:
+                self._tried = upload.held
+                self._log.note_upload((upload.held or record).step, saved_at_s)

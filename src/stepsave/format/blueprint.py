@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
+from stepsave.format.holding import HOLDING_PATH, Holding, encode_holding
 from stepsave.format.layout import encode_layout
 from stepsave.format.records import FileRecord, LayoutPlan
 
@@ -26,6 +28,7 @@ class Blueprint:
         plan: LayoutPlan,
         items: Mapping[str, Mapping[str, str]],
         device: str | None = None,
+        holding: Holding | None = None,
     ) -> None:
         """Makes none of the files yet: whoever writes needs them first, not who trains.
 
@@ -33,11 +36,13 @@ class Blueprint:
             plan: The layout.
             items: Further checkpointables: dicts of strings by name.
             device: As in `orbax.constant_files`.
+            holding: Which part of a backup of several processes it is; None if it is a whole.
         """
         self.plan = plan
         self.items = tuple(items)
         self._strings = items
         self._device = device
+        self._holding = holding
 
     @functools.cached_property
     def files(self) -> Mapping[str, bytes]:
@@ -45,6 +50,9 @@ class Blueprint:
         files = orbax.constant_files(self.plan, self._device)
         for name, strings in self._strings.items():
             files |= orbax.json_item(name, strings)
+        if self._holding is not None:
+            holding = dataclasses.replace(self._holding, device=self._device)
+            files[HOLDING_PATH] = encode_holding(holding)
         return files
 
     @functools.cached_property

@@ -24,7 +24,17 @@ from stepsave.format.layout import (
 )
 from stepsave.format.records import ChunkSpec, LayoutPlan, LeafSpec
 
-__all__ = ("Deal", "Part", "Share", "Spread", "compile_layout", "deal_layout")
+__all__ = (
+    "Deal",
+    "Part",
+    "Share",
+    "Spread",
+    "block_of",
+    "compile_layout",
+    "deal_layout",
+    "move",
+    "room_bytes",
+)
 
 SHARD_TARGET_BYTES = 64 << 20
 """Large enough to amortise a file, small enough that two writers share one save."""
@@ -150,10 +160,10 @@ def deal_layout(
     for i, (leaf, spread, shape) in enumerate(zip(leaves, whole, shapes, strict=True)):
         for chunk in chunks_of(i, leaf, shape, spread.block_shape):
             loose.append(chunk)
-            holders.append(spread.holders[_block_of(chunk.grid, shape, spread.block_shape)])
+            holders.append(spread.holders[block_of(chunk.grid, shape, spread.block_shape)])
     members, first_shards = _deal(loose, holders, count)
     shard_bytes = max(
-        (_round_up(sum(_room_bytes(loose[i]) for i in shard), PAGE_BYTES) for shard in members),
+        (_round_up(sum(room_bytes(loose[i]) for i in shard), PAGE_BYTES) for shard in members),
         default=0,
     )
     shard_bytes = max(shard_bytes, PAGE_BYTES)
@@ -173,14 +183,15 @@ def _place(
     for number, shard in enumerate(members):
         offset_bytes = number * shard_bytes
         for i in sorted(shard):  # in the order of the state: capture walks memory forward
-            placed[i] = _move(loose[i], loose[i].leaf, offset_bytes)
-            offset_bytes += _room_bytes(loose[i])
+            placed[i] = move(loose[i], loose[i].leaf, offset_bytes)
+            offset_bytes += room_bytes(loose[i])
     return (placed[i] for i in range(len(loose)))
 
 
-def _move(
+def move(
     chunk: ChunkSpec, leaf: int, offset_bytes: int, source_bytes: int | None = None
 ) -> ChunkSpec:
+    """Returns a chunk as one of another leaf, elsewhere in the arena."""
     source = chunk.source_bytes if source_bytes is None else source_bytes
     stored_bytes = chunk.stored_bytes
     return ChunkSpec(leaf, chunk.grid, source, chunk.data_bytes, stored_bytes, offset_bytes)
@@ -193,7 +204,7 @@ def _share(deal: Deal, shards: range) -> Share:
         return Share(plan, None, shards)
     mine = [chunk for number in shards for chunk in plan.shard_chunks[number]]
     blocks = [
-        _block_of(chunk.grid, plan.chunk_shapes[chunk.leaf], deal.spreads[chunk.leaf].block_shape)
+        block_of(chunk.grid, plan.chunk_shapes[chunk.leaf], deal.spreads[chunk.leaf].block_shape)
         for chunk in mine
     ]
     held = collections.Counter(
@@ -215,14 +226,15 @@ def _share(deal: Deal, shards: range) -> Share:
             parts.append(Part(chunk.leaf, block, cut))
             specs.append(LeafSpec(leaf.path, tuple(cut_shape), leaf.dtype))
         offset_bytes = chunk.offset_bytes - shards.start * plan.shard_bytes
-        chunks.append(_move(chunk, number, offset_bytes, None if is_all else 0))
+        chunks.append(move(chunk, number, offset_bytes, None if is_all else 0))
     shapes = tuple(plan.chunk_shapes[part.leaf] for part in parts)
     # A process without a shard has an arena of one, which is not written.
     local = LayoutPlan(tuple(specs), shapes, tuple(chunks), plan.shard_bytes, max(1, len(shards)))
     return Share(local, tuple(parts), shards)
 
 
-def _block_of(grid: Grid, chunk_shape: Grid, block_shape: Grid) -> Grid:
+def block_of(grid: Grid, chunk_shape: Grid, block_shape: Grid) -> Grid:
+    """Returns in which block a chunk lies."""
     return tuple(
         at * chunk // max(1, block)
         for at, chunk, block in zip(grid, chunk_shape, block_shape, strict=True)
@@ -279,7 +291,7 @@ def _deal(
 ) -> tuple[list[list[int]], tuple[int, ...]]:
     """Returns the chunks of each shard, and the first shard of each process."""
     dealt = _deal_to_processes(chunks, holders, count)
-    loads_bytes = [sum(_room_bytes(chunks[i]) for i in members) for members in dealt]
+    loads_bytes = [sum(room_bytes(chunks[i]) for i in members) for members in dealt]
     most_bytes = max(loads_bytes)
     # Shards are of one size, so that of the process with most decides.
     even_bytes = max(1, -(-most_bytes // max(1, -(-most_bytes // SHARD_TARGET_BYTES))))
@@ -314,7 +326,7 @@ def _deal_to_processes(
             heapq.heapreplace(heap, (loads_bytes[process], process))
         process = heap[0][1]
         dealt[process].append(i)
-        loads_bytes[process] += _room_bytes(chunks[i])
+        loads_bytes[process] += room_bytes(chunks[i])
         heapq.heapreplace(heap, (loads_bytes[process], process))
     return dealt
 
@@ -329,11 +341,12 @@ def _deal_to_shards(
     for i in sorted(mine, key=lambda i: -chunks[i].stored_bytes):
         load_bytes, number = heapq.heappop(loads)
         shards[number].append(i)
-        heapq.heappush(loads, (load_bytes + _room_bytes(chunks[i]), number))
+        heapq.heappush(loads, (load_bytes + room_bytes(chunks[i]), number))
     return shards
 
 
-def _room_bytes(chunk: ChunkSpec) -> int:
+def room_bytes(chunk: ChunkSpec) -> int:
+    """Returns how much of a shard a chunk takes, with its checksum and what aligns the next."""
     return _round_up(chunk.stored_bytes + CHECKSUM_BYTES, ALIGNMENT_BYTES)
 
 

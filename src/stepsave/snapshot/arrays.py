@@ -87,10 +87,7 @@ class ScatteredArray:
             KeyError: If a piece of that was not read.
         """
         bounds = [cut.indices(size)[:2] for cut, size in zip(index, self.shape, strict=True)]
-        grid = [
-            range(begin // size, -(-end // size))
-            for (begin, end), size in zip(bounds, self.chunk_shape, strict=True)
-        ]
+        grid = self._grid(bounds)
         part = np.empty([end - begin for begin, end in bounds], self.dtype)
         if all(len(places) == 1 for places in grid):
             chunk = self.chunks[tuple(places[0] for places in grid)]
@@ -107,6 +104,17 @@ class ScatteredArray:
                 target.append(slice(low - begin, high - begin))
             as_bits(part)[tuple(target)] = as_bits(self.chunks[place])[tuple(source)]
         return part
+
+    def _grid(self, bounds: Sequence[tuple[int, int]]) -> list[range]:
+        return [
+            range(begin // size, -(-end // size))
+            for (begin, end), size in zip(bounds, self.chunk_shape, strict=True)
+        ]
+
+    def has(self, index: Sequence[slice]) -> bool:
+        """Whether all pieces of a part are there."""
+        bounds = [(cut.start, cut.stop) for cut in index]
+        return all(place in self.chunks for place in itertools.product(*self._grid(bounds)))
 
     @property
     def runs(self) -> tuple[HostArray, ...] | None:

@@ -305,15 +305,15 @@ class Capture:
                 for path, array in zip(paths, arrays, strict=True)
             ]
             deal = deal_layout(specs)
-            share = deal.share(0)
+            whole, share, holding = deal.plan, deal.share(0), None
         else:
-            deal, share = selection.deal, selection.share
+            whole, share, holding = selection.plan, selection.share, selection.holding
         plan = share.plan
         if structure is not None:
             _logger.debug(
                 "the structure of the state changed: layout compiled anew, %d arrays, %d shards",
-                len(deal.plan.leaves),
-                deal.plan.shard_count,
+                len(whole.leaves),
+                whole.shard_count,
             )
         if pool is not None and pool.capacity_bytes < plan.arena_bytes:
             self._drain()
@@ -330,7 +330,7 @@ class Capture:
             [array.dtype for array in arrays],
             [array.shape for array in arrays],
             [leaf for leaf, count in chunks.items() if count > 1],
-            Blueprint(deal.plan, self._items, device),
+            Blueprint(whole, self._items, device, holding),
             share,
             Attention(),
         )

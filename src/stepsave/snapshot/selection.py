@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepsave.errors import InvalidStateError
+from stepsave.format.holding import Holding, hold
 from stepsave.format.planning import Part, deal_layout
 from stepsave.format.records import LeafSpec
 from stepsave.snapshot.arrays import HostArray, backends_of, dtype_name
@@ -30,10 +31,13 @@ class Team:
     Attributes:
         rank: Which one this is.
         count: How many there are.
+        keep_all: Whether each keeps all that it has, on a disk of its own, and not only what is
+            dealt to it.
     """
 
     rank: int
     count: int
+    keep_all: bool = False
 
 
 _ALONE = Team(0, 1)
@@ -43,8 +47,9 @@ class Selection:
     """What of states of one structure this process captures.
 
     Attributes:
-        deal: Who captures what.
-        share: What this process does.
+        plan: The layout of the backup that it is for.
+        share: What of it this process captures.
+        holding: Which part of a backup of all that is; None if it is that backup.
         paths: Of the parts.
     """
 
@@ -73,8 +78,14 @@ class Selection:
                     lies[number] = spreads.of(leaf)
                 except InvalidStateError as e:
                     raise InvalidStateError(f"State {'/'.join(paths[number])!r}: {e}") from e
-        self.deal = deal_layout(specs, lies, team.count)
-        self.share = self.deal.share(team.rank)
+        deal = deal_layout(specs, lies, team.count)
+        self.holding: Holding | None = None
+        if team.keep_all:
+            self.plan, self.share = hold(deal, team.rank)
+            first, end = deal.first_shards[team.rank : team.rank + 2]
+            self.holding = Holding(team.rank, team.count, first, end - first, None, deal.plan)
+        else:
+            self.plan, self.share = deal.plan, deal.share(team.rank)
         parts = self.share.parts
         if parts is None:
             parts = [Part(i, (0,) * len(spec.shape), None) for i, spec in enumerate(specs)]

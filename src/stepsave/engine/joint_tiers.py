@@ -1,0 +1,343 @@
+"""Two tiers for several processes: each has a disk of its own, all have one bucket.
+
+Each keeps all that its devices have, as a backup of its own, and saves wait for no other process.
+What all of them hold they can restore; else they restore what they have brought to the bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+from pathlib import Path
+
+from stepsave.engine.agreed_reading import FollowedReading, LedReading
+from stepsave.engine.agreement import Following, Leading
+from stepsave.engine.bucket_commit import BucketCommit
+from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.follower import FollowerDirectory
+from stepsave.engine.holdings import read_held, read_holding
+from stepsave.engine.joint_uploading import FollowedUpload, LedUpload
+from stepsave.engine.peers import LIMIT_S, Board, Peers
+from stepsave.engine.reader import (
+    Needs,
+    StoredBackup,
+    read_backup,
+    read_files,
+    restore_newest,
+)
+from stepsave.engine.saves import SaveLog
+from stepsave.engine.uploading import Uploader, UploadPace
+from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.errors import (
+    CorruptBackupError,
+    PeerError,
+    StepsaveError,
+)
+from stepsave.format import orbax
+from stepsave.format.holding import Holding
+from stepsave.format.records import BackupRecord
+from stepsave.store.bucket import BucketStore
+from stepsave.store.local import LocalStore
+from stepsave.threads import Crew
+
+__all__ = ("JointTiers",)
+
+Held = dict[str, tuple[BackupRecord, Holding]]
+"""What this process has on its disk and can use, by nonce; the newest first."""
+
+
+class JointTiers:
+    """A disk of this process, and a bucket of all, as one; else as `BackupDirectory`."""
+
+    saves_here = True
+
+    def __init__(
+        self,
+        bucket: BucketStore,
+        local: LocalStore,
+        pace: UploadPace,
+        log: SaveLog,
+        helpers: Crew,
+        peers: Peers,
+    ) -> None:
+        """Touches nothing yet; in `local` it takes a directory by the number of the process."""
+        self._peers = peers
+        self._bucket = bucket
+        self._disk = LocalStore(Path(local.root) / f"process-{peers.rank}")
+        self._pace = pace
+        self._log = log
+        self._helpers = helpers
+        self._local = BackupDirectory(self._disk, log, helpers)
+        place = str(bucket.root)
+        board = Board(peers, place)
+        self._board = Board(peers, f"{place} with local disks")
+        self._remote: BackupDirectory | FollowerDirectory
+        if peers.is_leader:
+            self._remote = BackupDirectory(bucket, SaveLog(), helpers, board)
+        else:
+            self._remote = FollowerDirectory(bucket, SaveLog(), helpers, board)
+        self._uploader: Uploader | None = None
+        self._restores = itertools.count()
+        self._is_open = False
+
+    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+        """Opens both; see `BackupDirectory.open`.
+
+        On the disk two backups are kept in any case: when the processes end, one of them may be
+        ahead of another by a save, and what counts is what all have.
+        """
+        step = self._remote.open("auto", lanes, double_checkpoint=double_checkpoint)
+        self._run = self._agree_on_run()
+        step = max(step, self._local.open(writer, lanes, double_checkpoint=True))
+        self.writer_name = self._local.writer_name
+        disk = self._local.protocol
+        assert isinstance(disk, CommitProtocol)
+        self._protocol = disk
+        upload = self._make_upload()
+        self._uploader = Uploader(upload, str(self._bucket.root), self._pace, self._log)
+        disk.is_read = self._uploader.is_reading
+        self._name_saves()
+        self._note_remote()
+        self._is_open = True
+        return step
+
+    def _agree_on_run(self) -> str:
+        if self._peers.is_leader:
+            run = os.urandom(16).hex()
+            self._board.say("run", name=run)
+            return run
+        return self._board.hear("run")["name"]
+
+    def _make_upload(self) -> LedUpload | FollowedUpload:
+        remote, board = self._remote, self._board
+        if isinstance(remote, FollowerDirectory):
+            # What process 0 has asked for, and not how often: it decides.
+            self._pace = UploadPace(1, 0.0)
+            self._following = Following(board)
+            self._followed = FollowedReading(board)
+            return FollowedUpload(
+                self._disk, self._bucket, self._protocol, self._following, self._peers.rank
+            )
+        assert isinstance(remote.protocol, BucketCommit)
+        self._leading, self._led = Leading(board), LedReading(board)
+        return LedUpload(self._disk, self._bucket, self._protocol, remote.protocol, self._leading)
+
+    def _name_saves(self) -> None:
+        """Has a save of a step be called the same on all disks, and no other like it."""
+        prefix = f"{self._run} {next(self._restores)}"
+
+        def name(step: int) -> str:
+            return hashlib.sha256(f"{prefix} {step}".encode()).hexdigest()[:32]
+
+        self._protocol.make_nonce = name
+
+    def _note_remote(self) -> None:
+        """Finds out how old the newest backup in the bucket is."""
+        record = self._remote.committed
+        if record is not None:
+            metadata = tuple(f for f in record.files if f.path == orbax.METADATA_PATH)
+            files = read_files(self._bucket, record, self._helpers, metadata)
+            self._log.note_upload(record.step, orbax.saved_at_s(files[orbax.METADATA_PATH]))
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest backup here, as a part or a whole, wherever it is."""
+        here, there = self._local.committed, self._remote.committed
+        return here if _step_of(here) >= _step_of(there) else there
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The one before it on the disk."""
+        return self._local.previous
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is this process's to use."""
+        return self._local.is_held and self._remote.is_held
+
+    @property
+    def is_released(self) -> bool:
+        return self._local.is_released
+
+    def check_held(self) -> None:
+        """Raises unless it is this process's to use."""
+        self._local.check_held()
+
+    def check_writable(self) -> None:
+        """Raises if nothing can be saved here on principle."""
+
+    def write(self, request: SaveRequest) -> None:
+        """Makes a save durable on the disk, and has it uploaded if it is time."""
+        assert self._uploader is not None
+        self._local.write(request)
+        record = self._local.committed
+        if record is not None and record.step == request.handle.step and request.handle.durable_s:
+            self._uploader.offer(record)
+
+    def pass_over(self, step: int) -> None:
+        """Nothing to do: the others save by themselves."""
+
+    def upload(self) -> None:
+        """Returns when the newest backup is in the bucket; what fails is noted."""
+        assert self._uploader is not None
+        record = self._local.committed
+        if record is None:
+            return
+        if self._peers.is_leader and record.step < _step_of(self._remote.committed):
+            return
+        self._uploader.bring(record)
+
+    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+        """Reads the newest backup that all processes can read; what is lost by that is told.
+
+        Raises:
+            CorruptBackupError: If there is one, but none that can be read.
+            BucketError: If the newest is in the bucket, and that is out of reach.
+            PeerError: If a process says nothing.
+        """
+        assert self._uploader is not None
+        self._uploader.wait()
+        self._local.protocol.read_markers()
+        number = next(self._restores)
+        held, lost = self._find_held()
+        if self._peers.is_leader:
+            found, more = self._lead_restore(held, number, needs)
+        else:
+            self._board.say(f"has {number}/{self._peers.rank}", nonces=[*held])
+            found, more = self._followed.read(lambda nonce: self._read(held, nonce, needs)), ""
+        self._settle(found)
+        self._name_saves()
+        return found, " ".join(filter(None, (lost, more)))
+
+    def _find_held(self) -> tuple[Held, str]:
+        """Returns what this process could restore, and what it could not have looked at."""
+        held: Held = {}
+        problems = [str(problem) for problem in self._protocol.problems.values()]
+        for record in (self._local.committed, self._local.previous):
+            if record is None:
+                continue
+            try:
+                holding = read_holding(self._disk, record, self._helpers)
+            except (StepsaveError, OSError) as e:
+                problems.append(str(e))
+                continue
+            mine = (self._peers.rank, self._peers.count)
+            if holding is not None and (holding.process, holding.processes) == mine:
+                held[record.nonce] = record, holding
+        text = f"stepsave: {' '.join(problems)} It is not restored from." if problems else ""
+        return held, text
+
+    def _lead_restore(
+        self, held: Held, number: int, needs: Needs | None
+    ) -> tuple[StoredBackup | None, str]:
+        try:
+            others = [
+                set(self._board.hear(f"has {number}/{rank}", LIMIT_S, who=rank)["nonces"])
+                for rank in range(1, self._peers.count)
+            ]
+            common = [n for n in held if all(n in nonces for nonces in others)]
+            found, lost = self._restore_agreed(held, common, needs)
+        except BaseException as e:
+            with contextlib.suppress(PeerError):  # then they find out by themselves
+                self._led.end(None, str(e))
+            raise
+        self._led.end(found)
+        return found, lost
+
+    def _restore_agreed(
+        self, held: Held, common: list[str], needs: Needs | None
+    ) -> tuple[StoredBackup | None, str]:
+        remote = self._remote
+        assert isinstance(remote, BackupDirectory)
+        remote.protocol.read_markers()
+        there = _step_of(remote.committed)
+        texts: list[str] = []
+        problem: Exception | None = None
+        for nonce in sorted(common, key=lambda nonce: -held[nonce][0].step):
+            record = held[nonce][0]
+            if record.step < there:
+                break
+            try:
+                found = self._led.read(record, lambda nonce=nonce: self._read(held, nonce, needs))
+            except PeerError:
+                raise
+            except Exception as e:  # noqa: BLE001  whatever it is, there may be another one
+                problem = e
+                texts.append(f"The backups of step {record.step} on the disks cannot be read: {e}")
+                continue
+            return found, self._tell(found, texts)
+
+        def read_all(record: BackupRecord) -> StoredBackup:
+            return self._led.read(record, lambda: self._read_remote(record, needs))
+
+        found, lost = restore_newest(remote.place, remote.protocol, read_all)
+        if found is None and problem is not None:
+            raise CorruptBackupError(
+                f"{self._disk.root}: {' '.join(texts)} There is none in {remote.place}."
+            ) from problem
+        newest = max((record.step for record, _ in held.values()), default=-1)
+        if found is not None and newest > found.step and not texts:
+            texts.append(f"Not all processes have step {newest} on their disks.")
+        return found, " ".join(filter(None, (self._tell(found, texts), lost)))
+
+    def _tell(self, found: StoredBackup | None, texts: list[str]) -> str:
+        if not texts or found is None:
+            return ""
+        return f"stepsave: {' '.join(texts)} Restored step {found.step} instead."
+
+    def _read_remote(self, record: BackupRecord, needs: Needs | None) -> StoredBackup:
+        return read_backup(self._bucket, record, self._helpers, needs)
+
+    def _read(self, held: Held, nonce: str, needs: Needs | None) -> StoredBackup:
+        if nonce in held:
+            record, holding = held[nonce]
+            return read_held(self._disk, record, self._helpers, holding, needs)
+        assert isinstance(self._remote, FollowerDirectory)
+        return self._remote.read(nonce, needs)
+
+    def _settle(self, found: StoredBackup | None) -> None:
+        """Gives up, on the disk, what is newer than what was restored, or cannot be read.
+
+        It would be in the way of the saves to come.
+        """
+        disk = self._protocol
+        step = -1 if found is None else found.step
+        if _step_of(disk.previous) == step and _step_of(disk.committed) > step:
+            disk.fall_back()
+        elif disk.problems or _step_of(disk.committed) > step:
+            disk.forget()
+
+    def mark_ended(self) -> None:
+        """Notes with the newest backup, at both places, that its training has come to its end."""
+        self._local.mark_ended()
+        self.upload()
+        self._remote.mark_ended()
+
+    def delete_backup(self) -> None:
+        """Removes every backup at both places, and nothing that stepsave did not write."""
+        assert self._uploader is not None
+        self._uploader.wait()
+        self._local.delete_backup()
+        self._remote.delete_backup()
+
+    def release(self, *, remove: bool = False) -> None:
+        """Lets go of both, when nothing is under way any more."""
+        if self._uploader is not None and self.is_held:  # its threads are not a forked child's
+            if self._is_open and not remove:
+                self.upload()
+            self._uploader.wait()
+            self._uploader.end()
+            with contextlib.suppress(PeerError):  # nobody is there any more to be told
+                (self._leading.close if self._peers.is_leader else self._following.leave)()
+        self._local.release(remove=remove)
+        self._remote.release(remove=remove)
+        if remove:
+            with contextlib.suppress(OSError):  # other processes of this machine are still there
+                Path(self._disk.root).parent.rmdir()
+
+
+def _step_of(record: BackupRecord | None) -> int:
+    return -1 if record is None else record.step
