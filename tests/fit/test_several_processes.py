@@ -120,6 +120,12 @@ weights = b""",
 )
 
 __all__ = ("s3", "s3_target")
+SHARDED_BY_KERAS = (
+    CODE.replace(",\n                                    auto_shard_dataset=False", "")
+    .replace(".batch(3)", ".shuffle(8, seed=5).batch(6)")
+    .replace("(mine, mine", "(rows, rows")
+)
+
 pytestmark = pytest.mark.skipif(
     os.environ["KERAS_BACKEND"] != "jax",
     reason="on PyTorch `fit` knows of one process; under TensorFlow's strategy for several workers "
@@ -131,7 +137,11 @@ def environment(rank, count, port):  # noqa: ARG001
     return {"KERAS_BACKEND": "jax"}
 
 
-@pytest.mark.parametrize("code", [CODE, SPREAD], ids=["data parallel", "model parallel"])
+@pytest.mark.parametrize(
+    "code",
+    [CODE, SHARDED_BY_KERAS, SPREAD],
+    ids=["data parallel", "data sharded by Keras", "model parallel"],
+)
 def test_a_fit_of_two_processes_that_are_killed_goes_on_as_if_nothing_had_happened(tmp_path, code):
     with Processes(code, tmp_path / "whole", 0, environment=environment) as whole:
         expected = whole.results()
