@@ -179,6 +179,15 @@ def test_processes_that_are_killed_in_an_upload_leave_what_was_in_the_bucket(s3,
     assert_bucket_has(s3.place, 1001)
 
 
+def test_a_training_that_is_done_leaves_nothing_on_any_disk_nor_in_the_bucket(s3, tmp_path):
+    disk = tmp_path / "disk"
+    code = SAVE.replace("saver.stats()\n", "saver.stats()\n    saver.close(delete_backup=True)\n")
+    with processes(code, s3.place, disk, "1x2", 1, 3, 1, 4) as some:
+        assert [json.loads(lines[-1]) for lines in some.results()] == [[-1, 3, 3]] * 2
+    assert not disk.exists()
+    assert stepsave.restore(s3.place) is None
+
+
 TORCH = """
 import json
 import sys

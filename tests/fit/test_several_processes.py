@@ -255,3 +255,19 @@ def test_a_fit_with_a_disk_for_each_process_goes_on_from_what_all_of_them_have(s
         found = again.results()
     assert [lines[-2:] for lines in found] == [["epochs 2", expected[0][-1]]] * 2
     assert stepsave.restore(place).step == 24
+
+
+@pytest.mark.xdist_group("buckets")
+def test_a_signal_has_what_all_have_on_their_disks_uploaded_first(s3, tmp_path):
+    disk = tmp_path / "disk"
+    tiers = f"place, 1, local_dir={str(disk)!r}, upload_every='1h', delete"
+    code = CODE.replace("epochs=3", "epochs=50").replace("place, 1, delete", tiers)
+    with Processes(code, s3.place, 0.05, environment=environment) as processes:
+        processes.wait_for("batch 5")
+        processes.children[0].send_signal(signal.SIGTERM)
+        ends = [child.communicate(timeout=200) for child in processes.children]
+        codes = [child.returncode for child in processes.children]
+    assert codes == [stepsave.Preempted.EXIT_CODE] * 2, ends
+    step = ends[1][0].count("batch")
+    shutil.rmtree(disk)
+    assert stepsave.restore(s3.place).step == step < 400
