@@ -77,7 +77,7 @@ class Checkpointer:
                 the first on accelerators with memory to spare, as measured at the first save.
             read_only: Whether to restore only. Takes no lock: others may save there meanwhile.
             local_dir: A directory of a fast disk, if `directory` is a bucket: saves go there, and
-                the newest is uploaded in the background. Restored is the newest of both.
+                the newest goes up in the background. Restored is the newest all processes have.
             upload_every: How often: a number of saves, or a time, such as `"30s"` or `"5min"`.
 
         Raises:

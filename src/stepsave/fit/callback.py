@@ -106,7 +106,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
                 `Checkpointer`.
             writer_threads: Background threads that write; None for a default.
             local_dir: A directory of a fast disk, if `backup_dir` is a bucket: saves go there, and
-                the newest is uploaded in the background. Restored is the newest of both.
+                the newest goes up in the background. Restored is the newest all processes have.
             upload_every: How often: a number of saves, or a time, such as `"30s"`.
             verbose: 1 prints a line per save and restore.
 
