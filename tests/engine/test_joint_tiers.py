@@ -102,6 +102,13 @@ KILLED = SAVE.replace(
 )
 
 
+def train_and_kill(place, disk, first, last):
+    with processes(KILLED, place, disk, "1x2", first, 1000, "1h", 4) as some:
+        for rank in (0, 1):
+            some.wait_for(f"step {last}", rank)
+        some.kill()
+
+
 def valid(disk, rank):
     with stepsave.Checkpointer(disk / f"process-{rank}", read_only=True) as reader:
         return {record.nonce: record.step for record in (reader.committed, reader.previous)}
@@ -110,10 +117,7 @@ def valid(disk, rank):
 def test_the_newest_step_that_all_disks_hold_is_restored(s3, tmp_path):
     disk = tmp_path / "disk"
     assert run(s3.place, disk, "1x2", 1, 2) == [[-1, 2, 2]] * 2
-    with processes(KILLED, s3.place, disk, "1x2", 3, 1000, "1h", 4) as some:
-        for rank in (0, 1):
-            some.wait_for("step 9", rank)
-        some.kill()
+    train_and_kill(s3.place, disk, 3, 9)
     held = [valid(disk, rank) for rank in (0, 1)]
     common = held[0].keys() & held[1].keys()
     begun = max(held[0][nonce] for nonce in common)
@@ -126,10 +130,7 @@ def test_the_newest_step_that_all_disks_hold_is_restored(s3, tmp_path):
 def test_a_lost_disk_has_all_go_back_to_the_bucket(s3, tmp_path, lost):
     disk = tmp_path / "disk"
     assert run(s3.place, disk, "1x2", 1, 3) == [[-1, 3, 3]] * 2
-    with processes(KILLED, s3.place, disk, "1x2", 4, 1000, "1h", 4) as some:
-        for rank in (0, 1):
-            some.wait_for("step 6", rank)
-        some.kill()
+    train_and_kill(s3.place, disk, 4, 6)
     there = stepsave.restore(s3.place).step
     assert there in (3, 4)  # the first of a run goes up at once
     shutil.rmtree(disk / f"process-{lost}")
@@ -176,6 +177,19 @@ def test_processes_that_are_killed_in_an_upload_leave_what_was_in_the_bucket(s3,
     shutil.rmtree(disk)
     assert [one[0] for one in run(s3.place, disk, "1x2", 1001, 1001)] == [there] * 2
     assert_bucket_has(s3.place, 1001)
+
+
+@pytest.mark.parametrize("marks", [0, 1])
+def test_that_a_training_has_ended_is_true_for_all_or_for_none(s3, tmp_path, marks):
+    """As when processes are killed while they note it."""
+    disk = tmp_path / "disk"
+    code = SAVE + f"    saver._directory._local.mark_ended() if rank == {marks} else None\n"
+    with processes(code, s3.place, disk, "1x2", 1, 2, 1, 4) as some:
+        some.results()
+    code = SAVE.replace("found = -1", "print(backup.ended)\n    found = -1")
+    with processes(code, s3.place, disk, "1x2", 3, 2, 1, 4) as some:
+        found = some.results()
+    assert [lines[-2] for lines in found] == [str(marks == 0)] * 2, "as process 0 says"
 
 
 def test_a_training_that_is_done_leaves_nothing_on_any_disk_nor_in_the_bucket(s3, tmp_path):

@@ -26,11 +26,15 @@ def holding_of(deal, process):
     return Holding(process, len(deal.first_shards) - 1, first, end - first, "cpu", deal.plan)
 
 
-@given(spread_leaves(), limits)
-def test_each_process_keeps_every_chunk_that_it_has_once(case, limit_bytes):
+def deal_of(case, limit_bytes):
     leaves, spreads, count = case
     with chunk_limit(limit_bytes):
-        deal = deal_layout(leaves, spreads, count)
+        return leaves, count, deal_layout(leaves, spreads, count)
+
+
+@given(spread_leaves(), limits)
+def test_each_process_keeps_every_chunk_that_it_has_once(case, limit_bytes):
+    leaves, count, deal = deal_of(case, limit_bytes)
     for process in range(count):
         plan, share = hold(deal, process)
         assert decode_layout(encode_layout(plan), "plan") == plan
@@ -67,9 +71,7 @@ def test_each_process_keeps_every_chunk_that_it_has_once(case, limit_bytes):
 
 @given(spread_leaves(), limits)
 def test_the_shards_in_front_are_those_of_a_backup_of_all(case, limit_bytes):
-    leaves, spreads, count = case
-    with chunk_limit(limit_bytes):
-        deal = deal_layout(leaves, spreads, count)
+    _, count, deal = deal_of(case, limit_bytes)
     for process in range(count):
         plan, _ = hold(deal, process)
         holding = holding_of(deal, process)

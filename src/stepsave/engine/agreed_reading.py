@@ -7,6 +7,7 @@ one before it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -61,7 +62,8 @@ class LedReading:
         """Says what came of a restore."""
         number = self._number
         self._number += 1
-        self._board.say(f"reads {number}", is_found=found is not None, error=error)
+        ended = found is not None and found.ended
+        self._board.say(f"reads {number}", is_found=found is not None, ended=ended, error=error)
 
 
 class FollowedReading:
@@ -87,7 +89,11 @@ class FollowedReading:
             if "nonce" not in told:
                 if told["error"]:
                     raise BackupDirectoryError(f"Process 0 could not restore: {told['error']}")
-                return found if told["is_found"] else None
+                if found is None or not told["is_found"]:
+                    return None
+                # Each disk has a marker of its own, and a crash may come between two of them. Were
+                # the training over for one process and not for another, that one would wait.
+                return dataclasses.replace(found, ended=told["ended"])
             found, error, is_away = None, "", False
             try:
                 found = read_own(told["nonce"])

@@ -25,18 +25,17 @@ from stepsave.engine.reader import (
     Needs,
     StoredBackup,
     read_backup,
-    read_files,
     restore_newest,
 )
 from stepsave.engine.saves import SaveLog
-from stepsave.engine.uploading import Uploader, UploadPace
-from stepsave.engine.writer import SaveRequest, WriterKind
+from stepsave.engine.tiers import Tiers, step_of
+from stepsave.engine.uploading import UploadPace
+from stepsave.engine.writer import WriterKind
 from stepsave.errors import (
     CorruptBackupError,
     PeerError,
     StepsaveError,
 )
-from stepsave.format import orbax
 from stepsave.format.holding import Holding
 from stepsave.format.records import BackupRecord
 from stepsave.store.bucket import BucketStore
@@ -49,10 +48,8 @@ Held = dict[str, tuple[BackupRecord, Holding]]
 """What this process has on its disk and can use, by nonce; the newest first."""
 
 
-class JointTiers:
-    """A disk of this process, and a bucket of all, as one; else as `BackupDirectory`."""
-
-    saves_here = True
+class JointTiers(Tiers):
+    """Those of several processes: a disk of each, and a bucket of all."""
 
     def __init__(
         self,
@@ -65,23 +62,18 @@ class JointTiers:
     ) -> None:
         """Touches nothing yet; in `local` it takes a directory by the number of the process."""
         self._peers = peers
-        self._bucket = bucket
         self._disk = LocalStore(Path(local.root) / f"process-{peers.rank}")
         self._pace = pace
-        self._log = log
-        self._helpers = helpers
-        self._local = BackupDirectory(self._disk, log, helpers)
+        self._restores = itertools.count()
         place = str(bucket.root)
         board = Board(peers, place)
         self._board = Board(peers, f"{place} with local disks")
-        self._remote: BackupDirectory | FollowerDirectory
+        there: BackupDirectory | FollowerDirectory
         if peers.is_leader:
-            self._remote = BackupDirectory(bucket, SaveLog(), helpers, board)
+            there = BackupDirectory(bucket, SaveLog(), helpers, board)
         else:
-            self._remote = FollowerDirectory(bucket, SaveLog(), helpers, board)
-        self._uploader: Uploader | None = None
-        self._restores = itertools.count()
-        self._is_open = False
+            there = FollowerDirectory(bucket, SaveLog(), helpers, board)
+        super().__init__(bucket, BackupDirectory(self._disk, log, helpers), there, log, helpers)
 
     def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
         """Opens both; see `BackupDirectory.open`.
@@ -92,16 +84,11 @@ class JointTiers:
         step = self._remote.open("auto", lanes, double_checkpoint=double_checkpoint)
         self._run = self._agree_on_run()
         step = max(step, self._local.open(writer, lanes, double_checkpoint=True))
-        self.writer_name = self._local.writer_name
         disk = self._local.protocol
         assert isinstance(disk, CommitProtocol)
         self._protocol = disk
-        upload = self._make_upload()
-        self._uploader = Uploader(upload, str(self._bucket.root), self._pace, self._log)
-        disk.is_read = self._uploader.is_reading
         self._name_saves()
-        self._note_remote()
-        self._is_open = True
+        self._begin_uploads(self._make_upload(), self._pace, disk)
         return step
 
     def _agree_on_run(self) -> str:
@@ -134,61 +121,16 @@ class JointTiers:
 
         self._protocol.make_nonce = name
 
-    def _note_remote(self) -> None:
-        """Finds out how old the newest backup in the bucket is."""
-        record = self._remote.committed
-        if record is not None:
-            metadata = tuple(f for f in record.files if f.path == orbax.METADATA_PATH)
-            files = read_files(self._bucket, record, self._helpers, metadata)
-            self._log.note_upload(record.step, orbax.saved_at_s(files[orbax.METADATA_PATH]))
-
     @property
     def committed(self) -> BackupRecord | None:
         """The newest backup here, as a part or a whole, wherever it is."""
         here, there = self._local.committed, self._remote.committed
-        return here if _step_of(here) >= _step_of(there) else there
+        return here if step_of(here) >= step_of(there) else there
 
     @property
     def previous(self) -> BackupRecord | None:
         """The one before it on the disk."""
         return self._local.previous
-
-    @property
-    def is_held(self) -> bool:
-        """Whether it is this process's to use."""
-        return self._local.is_held and self._remote.is_held
-
-    @property
-    def is_released(self) -> bool:
-        return self._local.is_released
-
-    def check_held(self) -> None:
-        """Raises unless it is this process's to use."""
-        self._local.check_held()
-
-    def check_writable(self) -> None:
-        """Raises if nothing can be saved here on principle."""
-
-    def write(self, request: SaveRequest) -> None:
-        """Makes a save durable on the disk, and has it uploaded if it is time."""
-        assert self._uploader is not None
-        self._local.write(request)
-        record = self._local.committed
-        if record is not None and record.step == request.handle.step and request.handle.durable_s:
-            self._uploader.offer(record)
-
-    def pass_over(self, step: int) -> None:
-        """Nothing to do: the others save by themselves."""
-
-    def upload(self) -> None:
-        """Returns when the newest backup is in the bucket; what fails is noted."""
-        assert self._uploader is not None
-        record = self._local.committed
-        if record is None:
-            return
-        if self._peers.is_leader and record.step < _step_of(self._remote.committed):
-            return
-        self._uploader.bring(record)
 
     def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup that all processes can read; what is lost by that is told.
@@ -253,7 +195,7 @@ class JointTiers:
         remote = self._remote
         assert isinstance(remote, BackupDirectory)
         remote.protocol.read_markers()
-        there = _step_of(remote.committed)
+        there = step_of(remote.committed)
         texts: list[str] = []
         problem: Exception | None = None
         for nonce in sorted(common, key=lambda nonce: -held[nonce][0].step):
@@ -305,39 +247,18 @@ class JointTiers:
         """
         disk = self._protocol
         step = -1 if found is None else found.step
-        if _step_of(disk.previous) == step and _step_of(disk.committed) > step:
+        if step_of(disk.previous) == step and step_of(disk.committed) > step:
             disk.fall_back()
-        elif disk.problems or _step_of(disk.committed) > step:
+        elif disk.problems or step_of(disk.committed) > step:
             disk.forget()
 
-    def mark_ended(self) -> None:
-        """Notes with the newest backup, at both places, that its training has come to its end."""
-        self._local.mark_ended()
-        self.upload()
-        self._remote.mark_ended()
-
-    def delete_backup(self) -> None:
-        """Removes every backup at both places, and nothing that stepsave did not write."""
-        assert self._uploader is not None
-        self._uploader.wait()
-        self._local.delete_backup()
-        self._remote.delete_backup()
+    def _leave(self) -> None:
+        with contextlib.suppress(PeerError):  # nobody is there any more to be told
+            (self._leading.close if self._peers.is_leader else self._following.leave)()
 
     def release(self, *, remove: bool = False) -> None:
-        """Lets go of both, when nothing is under way any more."""
-        if self._uploader is not None and self.is_held:  # its threads are not a forked child's
-            if self._is_open and not remove:
-                self.upload()
-            self._uploader.wait()
-            self._uploader.end()
-            with contextlib.suppress(PeerError):  # nobody is there any more to be told
-                (self._leading.close if self._peers.is_leader else self._following.leave)()
-        self._local.release(remove=remove)
-        self._remote.release(remove=remove)
+        """Lets go of both, and of the directory of all disks that are on this machine."""
+        super().release(remove=remove)
         if remove:
             with contextlib.suppress(OSError):  # other processes of this machine are still there
                 Path(self._disk.root).parent.rmdir()
-
-
-def _step_of(record: BackupRecord | None) -> int:
-    return -1 if record is None else record.step
