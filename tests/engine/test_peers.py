@@ -265,10 +265,10 @@ def test_when_one_process_cannot_read_its_part_all_fall_back(tmp_path):
         records = saver.previous, saver.committed
     flip_bit(tmp_path / "2/pytree/d/c/0", 70)
     told = [{"nonce": record.nonce} for record in records]
-    taken = {"is_found": True, "error": ""}
+    taken = {"is_found": True, "ended": True, "error": ""}
     board, said = fake_board({"reads 0": told[1], "reads 1": told[0], "reads 2": taken})
     found, lost = follow(tmp_path, board).restore()
-    assert (found.step, lost) == (1, "")
+    assert (found.step, found.ended, lost) == (1, True, ""), "as process 0 says"
     assert_same_bits(found.state, state_of(1))
     first, second = map(json.loads, said.values())
     assert "CorruptBackupError" in first["error"]
