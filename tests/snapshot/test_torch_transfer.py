@@ -128,6 +128,29 @@ def test_a_mixed_state_comes_back_as_it_was(tmp_path, late, request, mode, shard
         assert saver._capture._stager.mode == mode
 
 
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("mode", ["device", "host"])
+def test_the_mode_of_gradients_of_the_training_is_never_touched(tmp_path, mode, monkeypatch):
+    """Or an interrupt at the wrong instant would leave the training without gradients for good."""
+    for way in (torch.no_grad, torch.inference_mode, torch.set_grad_enabled):
+        monkeypatch.setattr(way, "__enter__", way_not_to_go)
+    state = {
+        "weights": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3)),
+        "turned": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).T),
+        "conjugated": torch.tensor([1 + 2j, 3 - 4j], requires_grad=True).conj(),
+    }
+    with stepsave.Checkpointer(tmp_path, snapshot=mode) as saver:
+        saver.save(1, state)
+        backup = saver.restore(like=state)
+    assert torch.is_grad_enabled()
+    for name, value in state.items():
+        assert torch.equal(backup.state[name], value), name
+
+
+def way_not_to_go(_):
+    raise AssertionError("gradients were switched off")
+
+
 def test_without_a_copy_on_the_device_training_waits_for_transfers_and_for_no_check(
     tmp_path, late, monkeypatch
 ):

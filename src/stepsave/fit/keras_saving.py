@@ -154,10 +154,7 @@ class _Buffer:
         self.dtype = str(tensor.dtype).removeprefix("torch.")
 
     def assign(self, value: Any) -> None:
-        import torch  # the buffer is one of torch
-
-        with torch.no_grad():
-            self.value.copy_(keras.ops.convert_to_tensor(value, dtype=self.dtype))
+        self.value.detach().copy_(keras.ops.convert_to_tensor(value, dtype=self.dtype))
 
 
 def has_own_way(saveable: Any) -> bool:

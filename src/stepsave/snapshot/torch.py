@@ -129,15 +129,15 @@ def make_like(array: np.ndarray[Any, Any], like: torch.Tensor) -> torch.Tensor:
 
 def overwrite(tensor: torch.Tensor, array: SavedArray) -> None:
     """Gives a tensor the values of an array of its shape and dtype, in its own memory."""
-    with torch.no_grad():
-        if not tensor.is_contiguous() or array.dtype.itemsize * tensor.numel() != tensor.nbytes:
-            tensor.copy_(make_like(np.asarray(array), tensor.detach()))
-            return
-        target = tensor.detach().reshape(-1).view(torch.uint8)
-        begin = 0
-        for part in bytes_of(array):
-            target[begin : begin + len(part)].copy_(torch.from_numpy(part))
-            begin += len(part)
+    tensor = tensor.detach()
+    if not tensor.is_contiguous() or array.dtype.itemsize * tensor.numel() != tensor.nbytes:
+        tensor.copy_(make_like(np.asarray(array), tensor))
+        return
+    target = tensor.reshape(-1).view(torch.uint8)
+    begin = 0
+    for part in bytes_of(array):
+        target[begin : begin + len(part)].copy_(torch.from_numpy(part))
+        begin += len(part)
 
 
 def _from_bits(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
@@ -217,21 +217,22 @@ class _Stage:
             _check(leaf)
 
     def begin(self, leaves: Sequence[Any], pieces: Pieces, arena: Bytes) -> Transfer:
-        with torch.no_grad():
-            tensors = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
-            if not self.on_device:
-                self._held = Transfer(self._lanes, parts_of(tensors, pieces), arena)
-                return self._held
-            try:
-                clones = self._clones
-                if clones is None or not clones.fit(tensors, pieces):
-                    self._clones = clones = None  # first, so that there is room for others
-                    self._clones = clones = Clones(tensors, pieces)
-                clones.take(tensors)
-            except torch.cuda.OutOfMemoryError as e:
-                self._clones = None
-                raise MemoryError(str(e)) from e
-            return Transfer(self._lanes, clones.parts, arena)
+        # Not by `no_grad`: an interrupt within its `__enter__` or `__exit__` would leave the
+        # training's thread without gradients for good.
+        tensors = [leaf.detach().resolve_conj().resolve_neg() for leaf in leaves]
+        if not self.on_device:
+            self._held = Transfer(self._lanes, parts_of(tensors, pieces), arena)
+            return self._held
+        try:
+            clones = self._clones
+            if clones is None or not clones.fit(tensors, pieces):
+                self._clones = clones = None  # first, so that there is room for others
+                self._clones = clones = Clones(tensors, pieces)
+            clones.take(tensors)
+        except torch.cuda.OutOfMemoryError as e:
+            self._clones = None
+            raise MemoryError(str(e)) from e
+        return Transfer(self._lanes, clones.parts, arena)
 
     def release(self) -> None:
         held, self._held = self._held, None

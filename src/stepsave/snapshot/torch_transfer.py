@@ -275,7 +275,7 @@ def _stretches(tensors: Sequence[torch.Tensor], pieces: Pieces) -> Iterator[list
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device, bool]:
