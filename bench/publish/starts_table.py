@@ -152,6 +152,17 @@ def over_none(collected: Collected) -> Iterator[Figure]:
             yield at_most(_label(result), found["median"], 0.3, " s")
 
 
+def limit_of_start(collected: Collected) -> str:
+    """How much starts without a callback differ among themselves, from their median."""
+    texts: list[str] = []
+    for result in _results(collected):
+        if none := result["summary"].get("none", {}).get("start"):
+            first = none["first_s"]
+            low_s, high_s = (first[end] - first["median"] for end in ("p10", "p90"))
+            texts.append(f"{_label(result)} {low_s:+.2f} to {high_s:+.2f} s")
+    return f"starts without a callback differ by: {', '.join(texts)}" if texts else ""
+
+
 def resume_over_keras(collected: Collected) -> Iterator[Figure]:
     """The time of a resume as a ratio to Keras's."""
     yield from _of_resumes(collected, "over_keras", 1)
@@ -205,6 +216,18 @@ def limit_of_first_save(collected: Collected) -> str:
 def resume_peak(collected: Collected) -> Iterator[Figure]:
     """Peak memory of a resumed process as a ratio to one that was started anew."""
     yield from _of_resumes(collected, "peak_over_training", 1.05)
+
+
+def limit_of_peak(collected: Collected) -> str:
+    """The same ratio of Keras's callback, which has no buffers, and how much it varies."""
+    texts: list[str] = []
+    for result in _results(collected):
+        keras = result["summary"].get("keras", {})
+        found = [keras.get(kind, {}).get("peak_over_training") for kind in RESUMES]
+        if all(found):
+            low, high = min(entry["p10"] for entry in found), max(entry["p90"] for entry in found)
+            texts.append(f"{_label(result)} {number(low)} to {number(high)} x")
+    return f"Keras `BackupAndRestore`, each time: {', '.join(texts)}" if texts else ""
 
 
 def _of_resumes(collected: Collected, what: str, limit: float) -> Iterator[Figure]:

@@ -291,6 +291,7 @@ TARGETS = (
         "from `fit` to the end of its first batch, over no callback",
         "at most 0.3 s",
         starts_table.over_none,
+        starts_table.limit_of_start,
     ),
     Target(
         "the same of a resume, files warm or cold, against Keras `BackupAndRestore`",
@@ -308,6 +309,7 @@ TARGETS = (
         "peak memory of a resumed training, against an uninterrupted one",
         "at most 1.05 x",
         starts_table.resume_peak,
+        starts_table.limit_of_peak,
     ),
     Target(
         "`import stepsave`", "at most 0.2 s", starts_table.imported, starts_table.limit_of_import
