@@ -1,0 +1,1 @@
+"""The command line: looks at backups, checks, compares, converts and copies them."""
