@@ -116,7 +116,7 @@ class BucketMachine(RuleBasedStateMachine):
         self.states = {}  # trainer and step -> the state that was saved under it last
         self.acknowledged = None  # whose save is durable for sure, and which step
         self.possible = set()  # those that may be in its place
-        self.double = [False, False]
+        self.keep = [0, 0]
         self.savers = [None, None]
         self.knows = [True, True]  # whether nobody else has changed the marker since it looked
         FaultyBucket.plans, FaultyBucket.dead = {}, set()
@@ -126,7 +126,7 @@ class BucketMachine(RuleBasedStateMachine):
     def open(self, who):
         FaultyBucket.plans.pop(who, None)
         FaultyBucket.trainer = who
-        self.savers[who] = checkpointer.Checkpointer(self.place, double_checkpoint=self.double[who])
+        self.savers[who] = checkpointer.Checkpointer(self.place, keep=self.keep[who])
         self.knows[who] = True
 
     def close(self, who):
@@ -217,11 +217,11 @@ class BucketMachine(RuleBasedStateMachine):
         if restores or dies:
             self.restored(who)
 
-    @rule(who=st.integers(0, 1), double=st.booleans())
-    def reopen(self, who, double):
+    @rule(who=st.integers(0, 1), keep=st.integers(0, 2))
+    def reopen(self, who, keep):
         FaultyBucket.plans.pop(who, None)
         self.close(who)
-        self.double[who] = double
+        self.keep[who] = keep
         self.open(who)
         self.restored(who)
 

@@ -122,7 +122,7 @@ def restored_by_another_reader(directory):
     from stepsave.engine.reader import read_backup
     from stepsave.format.marker import decode_marker
 
-    record = decode_marker((directory / "COMMIT").read_bytes(), "COMMIT")
+    (record,) = decode_marker((directory / "COMMIT").read_bytes(), "COMMIT")
     return read_backup(LocalStore(directory), record, Crew(1, "test")).state
 
 

@@ -122,7 +122,7 @@ class CommitMachine(RuleBasedStateMachine):
         self.acknowledged = 0  # the newest step that is durable for sure
         self.possible = set()  # newer ones, which may be durable or not
         self.last_step = 0
-        self.double = False
+        self.keep = 0
         self.valid_limit = 1
         self.saver = None
         FaultyStore.plan()
@@ -130,9 +130,9 @@ class CommitMachine(RuleBasedStateMachine):
 
     def open(self):
         FaultyStore.plan()
-        if self.double:
-            self.valid_limit = 2  # until the next save that goes well without it
-        self.saver = stepsave.Checkpointer(self.directory, double_checkpoint=self.double)
+        # Until the next save that goes well with fewer.
+        self.valid_limit = max(self.valid_limit, 1 + self.keep)
+        self.saver = stepsave.Checkpointer(self.directory, keep=self.keep)
 
     def close(self):
         with contextlib.suppress(stepsave.SaveFailedError):
@@ -176,21 +176,21 @@ class CommitMachine(RuleBasedStateMachine):
             self.acknowledged, self.possible = step, set()
         kept = {record.directory for record in self.valid_records()}
         assert str(self.acknowledged) in kept
-        markers = {COMMIT, PREVIOUS} if len(kept) == 2 else {COMMIT}
+        markers = {COMMIT, PREVIOUS} if len(kept) > 1 else {COMMIT}
         litter = set(os.listdir(self.directory)) - kept - markers - {"LOCK", SPARE}
         assert not litter
-        assert len(kept) <= 1 + self.double
-        self.valid_limit = 1 + self.double
+        assert len(kept) <= 1 + self.keep
+        self.valid_limit = 1 + self.keep
 
     @rule(
         width=st.integers(1, 4),
         countdown=st.integers(1, 40),
         when=st.sampled_from(["before", "middle", "after"]),
         dies=st.booleans(),
-        reopens_double=st.booleans(),
+        reopens_keep=st.integers(0, 2),
         restores=st.booleans(),
     )
-    def save_with_a_fault(self, width, countdown, when, dies, reopens_double, restores):
+    def save_with_a_fault(self, width, countdown, when, dies, reopens_keep, restores):
         FaultyStore.plan(countdown, when, dies)
         step = self.next_step()
         try:
@@ -204,16 +204,16 @@ class CommitMachine(RuleBasedStateMachine):
             self.possible.add(step)
         if dies:
             self.close()
-            self.double = reopens_double
+            self.keep = reopens_keep
             self.open()
         if restores or dies:
             FaultyStore.plan()
             self.restored()
 
-    @rule(double=st.booleans())
-    def reopen(self, double):
+    @rule(keep=st.integers(0, 2))
+    def reopen(self, keep):
         self.close()
-        self.double = double
+        self.keep = keep
         self.open()
         self.restored()
 
@@ -222,12 +222,14 @@ class CommitMachine(RuleBasedStateMachine):
         FaultyStore.plan()
         self.restored()
 
-    @precondition(lambda self: len(self.valid_records()) == 2)
+    @precondition(lambda self: len(self.valid_records()) >= 2)
     @rule(what=st.sampled_from(["shard", "layout", "index", "training", "empty marker", "gone"]))
     def spoil_the_newest(self, what):
         self.saver.drain()
-        newest = self.directory / str(read_marker(self.directory)["step"])
-        older = min(self.valid_records(), key=lambda record: record.step)
+        older, valid = sorted(record.step for record in self.valid_records())[-2:]
+        newest = self.directory / str(valid)
+        if what in ("empty marker", "gone") and valid != self.committed_on_disk():
+            older = valid  # the marker names one that was spoilt before
         if what == "shard":
             flip_bit(newest / "pytree/d/c/0", 50)
         elif what == "layout":
@@ -240,19 +242,26 @@ class CommitMachine(RuleBasedStateMachine):
             (self.directory / COMMIT).unlink()
         else:
             (self.directory / COMMIT).write_bytes(b"")
-        self.acknowledged, self.possible = older.step, set()
+        self.acknowledged, self.possible = older, set()
         self.restored()
+
+    def committed_on_disk(self):
+        with contextlib.suppress(OSError, ValueError):
+            return read_marker(self.directory)["step"]
 
     def valid_records(self):
         """The backups that a marker names and whose every byte is proved."""
         store = LocalStore(self.directory)
         found = {}
         for name in (COMMIT, PREVIOUS):
+            records = ()
             with contextlib.suppress(OSError, stepsave.CorruptBackupError):
-                record = decode_marker((self.directory / name).read_bytes(), name)
-                backup = read_backup(store, record, _CREW)
-                assert_same_bits(backup.state, self.states[record.step])
-                found[record.directory] = record
+                records = decode_marker((self.directory / name).read_bytes(), name)
+            for record in records:
+                with contextlib.suppress(OSError, stepsave.CorruptBackupError):
+                    backup = read_backup(store, record, _CREW)
+                    assert_same_bits(backup.state, self.states[record.step])
+                    found[record.directory] = record
         return list(found.values())
 
     @invariant()

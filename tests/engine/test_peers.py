@@ -11,6 +11,7 @@ import stepsave
 from stepsave.engine import follower
 from stepsave.engine.follower import FollowerDirectory
 from stepsave.engine.peers import Board, Peers, find_peers
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.store.local import LocalStore
 from stepsave.threads import Crew
@@ -239,12 +240,12 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     )
     directory = follow(tmp_path, board)
     with pytest.raises(stepsave.BackupDirectoryError, match="not shared between the machines"):
-        directory.open("auto", 1, double_checkpoint=False)
+        directory.open("auto", 1, Retention(0))
     (tmp_path / "LOCK").write_text("pid 12\n" + "cd" * 16 + "\n")
     with pytest.raises(stepsave.BackupDirectoryError, match="not shared between the machines"):
-        directory.open("auto", 1, double_checkpoint=False)
+        directory.open("auto", 1, Retention(0))
     (tmp_path / "LOCK").write_text("pid 12\n" + "ab" * 16 + "\n")
-    assert directory.open("auto", 1, double_checkpoint=False) == -1
+    assert directory.open("auto", 1, Retention(0)) == -1
 
 
 def test_a_backup_that_only_process_0_sees_is_named(tmp_path, monkeypatch):

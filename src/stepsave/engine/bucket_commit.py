@@ -8,7 +8,7 @@ replaced on condition that it is the one that was read. That object is `COMMIT`.
     3. objects  written under names that nobody else writes to, `<run>/<step>/…`
     4. seal     the changing files, then `commit_success.txt`, for readers other than stepsave
     5. publish  `COMMIT` is replaced: this is the commit point
-    6. retire   the backup before it is removed
+    6. retire   what is not to be kept is removed
 
 Each replacement is on condition that `COMMIT` is what this run knew. So of two trainers with one
 prefix the one that is too late is told, and neither can harm what the other has committed. A
@@ -28,6 +28,7 @@ from collections.abc import Mapping
 
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
 from stepsave.engine.markers import Markers
+from stepsave.engine.retention import Retention
 from stepsave.errors import BucketError, DirectoryBusyError
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
@@ -50,15 +51,19 @@ _FIRST_DIGIT = "2"  # of all names of runs, until the year 3000
 class BucketCommit(Markers):
     """The backups below one prefix. Used by one thread at a time."""
 
-    def __init__(self, store: BucketStore, *, double_checkpoint: bool) -> None:
+    def __init__(self, store: BucketStore, retention: Retention) -> None:
         """Reads the marker.
+
+        Args:
+            store: The bucket.
+            retention: Which backups before the newest stay.
 
         Raises:
             BucketError: If it cannot be read.
         """
         super().__init__(store)
         self._objects = store
-        self._double = double_checkpoint
+        self._retention = retention
         self._owner = Owner(_new_run(), socket.gethostname(), os.getpid())
         self._generation = NO_OBJECT  # of COMMIT, as this run knows it
         self._is_owner = False  # whether COMMIT names this run
@@ -85,9 +90,9 @@ class BucketCommit(Markers):
         self._is_owner = self.claim is not None and self.claim.owner == self._owner
         self._is_collected = self._is_collected and self._is_owner
 
-    def fall_back(self) -> None:
-        """Declares the newest backup unreadable; the next save has the marker say so too."""
-        super().fall_back()
+    def fall_back(self, record: BackupRecord) -> None:
+        """Declares those newer than a kept backup unreadable; the next save has the marker say so."""
+        super().fall_back(record)
         self._is_owner = self._is_collected = False
 
     def begin(self, blueprint: Blueprint, step: int) -> str:
@@ -115,7 +120,7 @@ class BucketCommit(Markers):
             raise self.problems[COMMIT]
         is_clean = self._is_collected and time.monotonic() >= self._late_until_s
         if not (self._is_owner and is_clean):
-            self._claim(self.committed, self.previous)
+            self._claim(self.records)
         self._begin_ns = time.time_ns()
         self._directory = f"{self._folder}/{step}"
         self._write(files, but=orbax.SUCCESS_PATH)
@@ -160,15 +165,15 @@ class BucketCommit(Markers):
 
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""
-        before, oldest = self.committed, self.previous
+        older = self.records
         try:
-            self._replace(record, before if self._double else None)
+            self._replace((record, *self._retention.choose(older)))
         except DirectoryBusyError:
             self._remove_backup(record.directory)  # nobody else writes there, or will look for it
             raise
         try:
-            for old in (before, oldest):
-                if old is not None and old not in (self.committed, self.previous):
+            for old in older:
+                if old not in self.kept:
                     self._remove_backup(old.directory)
         except BucketError as e:
             # The new backup is committed all the same, so the save has not failed.
@@ -188,20 +193,20 @@ class BucketCommit(Markers):
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""
         if self.committed is not None and not self.committed.ended:
-            self._replace(dataclasses.replace(self.committed, ended=True), self.previous)
+            self._replace((dataclasses.replace(self.committed, ended=True), *self.kept))
 
     def delete_all(self) -> None:
         """Removes every backup, the marker first, and nothing that stepsave did not write."""
         if not self._is_sure:
             self._settle()
         self.problems.clear()
-        self._claim(None, None)
+        self._claim(())
         self._is_sure = False
         # Refused, somebody else has taken the place meanwhile. Nothing of this run is left in it.
         self._objects.write_if(COMMIT, None, self._generation)
         self._is_owner = False
 
-    def _claim(self, committed: BackupRecord | None, previous: BackupRecord | None) -> None:
+    def _claim(self, records: tuple[BackupRecord, ...]) -> None:
         """Makes this run the one that may save, and removes what others and failed saves left.
 
         Looked for before: nobody can have claimed the place between that and the claim here, so
@@ -210,21 +215,21 @@ class BucketCommit(Markers):
         """
         found = map(_OURS.fullmatch, self._objects.list(_FIRST_DIGIT))
         directories = sorted({match[1] for match in found if match})
-        self._replace(committed, previous)
-        kept = {record.directory for record in (committed, previous) if record}
+        self._replace(records)
+        kept = {record.directory for record in records}
         for directory in directories:
             if directory not in kept:
                 _logger.debug("%s: removing unreferenced %s", self._objects.root, directory)
                 self._remove_backup(directory)
         self._is_collected = True
 
-    def _replace(self, committed: BackupRecord | None, previous: BackupRecord | None) -> None:
+    def _replace(self, records: tuple[BackupRecord, ...]) -> None:
         """Replaces the marker, if it is the one that this run knows.
 
         Raises:
             DirectoryBusyError: If it is not: somebody else saves here.
         """
-        encoded = encode_claim(Claim(self._owner, committed, previous))
+        encoded = encode_claim(Claim(self._owner, records))
         self._is_sure = False
         generation = self._objects.write_if(COMMIT, encoded, self._generation)
         if generation is None:
@@ -234,7 +239,7 @@ class BucketCommit(Markers):
                 self._refuse()
             generation = now
         self._generation = generation
-        self.committed, self.previous = committed, previous
+        self.committed, self.kept = (records[0] if records else None), records[1:]
         self._is_owner = self._is_sure = True
 
     def _settle(self) -> None:
@@ -244,7 +249,7 @@ class BucketCommit(Markers):
             DirectoryBusyError: If somebody else has replaced it.
         """
         known, was_owner = self._generation, self._is_owner
-        committed, previous = self.committed, self.previous
+        committed, kept = self.committed, self.kept
         self.read_markers()
         if self._is_owner or COMMIT in self.problems or (self._generation == NO_OBJECT != known):
             return  # what it says holds
@@ -252,7 +257,7 @@ class BucketCommit(Markers):
             self._generation = known
             self._refuse()
         # Unchanged, but perhaps for what this run alone knows: that the newest is unreadable.
-        self.committed, self.previous, self._is_owner = committed, previous, was_owner
+        self.committed, self.kept, self._is_owner = committed, kept, was_owner
 
     def _refuse(self) -> None:
         self._is_sure = False  # so the next save will look again, and be refused again
@@ -261,7 +266,7 @@ class BucketCommit(Markers):
         self._generation = known  # nothing is remembered of it
         who = "somebody else"
         if isinstance(found, Claim):
-            newest = "no backup yet" if found.committed is None else f"step {found.committed.step}"
+            newest = f"step {found.backups[0].step}" if found.backups else "no backup yet"
             who = f"process {found.owner.pid} on {found.owner.host}, whose newest is {newest},"
         raise DirectoryBusyError(
             f"{self._objects.root}: {who} saves here too. Only one of the two trainings can: stop "

@@ -19,6 +19,7 @@ from stepsave.engine.arguments import (
 from stepsave.engine.likeness import fit_to, needs_of
 from stepsave.engine.opening import Place
 from stepsave.engine.reader import Needs, StoredBackup
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
@@ -54,6 +55,8 @@ class Checkpointer:
         directory: Target,
         *,
         double_checkpoint: bool = False,
+        keep: int = 0,
+        keep_every: int | None = None,
         when_busy: WhenBusy = "wait",
         writer: WriterKind = "auto",
         writer_threads: int | None = None,
@@ -68,6 +71,8 @@ class Checkpointer:
             directory: Where the backup lives, alone but for `lost+found` and the like. Or
                 `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like.
             double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
+            keep: How many to keep before the newest. With `local_dir`, in the bucket.
+            keep_every: Of older ones, the first of each so many steps stays too, for good.
             when_busy: What `save` does while both host buffers are in use: `"wait"`, or `"skip"`.
             writer: `"direct"` bypasses the page cache; `"tensorstore"` works on every file system;
                 `"auto"` takes the first where it can.
@@ -87,6 +92,9 @@ class Checkpointer:
         """
         check_choices(when_busy=when_busy, writer=writer, snapshot=snapshot)
         self._when_busy = when_busy
+        retention = Retention.of(
+            double_checkpoint=double_checkpoint, keep=keep, keep_every=keep_every
+        )
         place = Place.of(directory, local_dir, upload_every, read_only=read_only)
         self._store = place.store
         lanes = place.lanes if writer_threads is None else check_threads(writer_threads)
@@ -99,7 +107,7 @@ class Checkpointer:
         self._directory = place.make_directory(self._log, self._helpers)
         try:
             self._last_step = self._keeper.call(
-                lambda: self._directory.open(writer, lanes, double_checkpoint=double_checkpoint)
+                lambda: self._directory.open(writer, lanes, retention)
             )
         except BaseException:
             # Behind the opening, which goes on if only its caller was interrupted.
@@ -121,9 +129,15 @@ class Checkpointer:
 
     @property
     def previous(self) -> BackupRecord | None:
-        """The backup before it, if `double_checkpoint` keeps one; waits likewise."""
+        """The backup before it, if one is kept; waits likewise."""
+        kept = self.kept
+        return kept[0] if kept else None
+
+    @property
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """The backups before it that are kept, newest first; waits likewise."""
         self.drain()
-        return self._directory.previous
+        return self._directory.kept
 
     @property
     def closed(self) -> bool:
@@ -220,7 +234,7 @@ class Checkpointer:
         self._log.add_cost(handle)
         return handle
 
-    def restore(self, *, like: Any = None) -> Backup | None:
+    def restore(self, *, like: Any = None, step: int | None = None) -> Backup | None:
         """Reads the newest valid backup, verified; waits for saves in flight first.
 
         If it cannot be read, one before it is, with a warning that names what is lost.
@@ -230,6 +244,8 @@ class Checkpointer:
                 in its structure (named tuples, PRNG keys, registered containers), each array of its
                 kind there: NumPy's; JAX's with its sharding; torch's and TensorFlow's on its
                 device, a parameter or variable if it is one. None for NumPy arrays in containers.
+            step: That of a kept backup, to read that one. It is not gone back to: what is saved
+                next must come after the newest, so train on from it with another directory.
 
         Returns:
             The backup, or None if there is none.
@@ -237,10 +253,11 @@ class Checkpointer:
         Raises:
             CorruptBackupError: If there is one, but it cannot be read.
             BackupMismatchError: If it differs from `like` in paths, shapes or dtypes.
+            ValueError: If no backup of that `step` is kept.
             InvalidStateError: If `like` could not be saved itself.
             BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
-        found = self.restore_leaves(None if like is None else needs_of(like))
+        found = self.restore_leaves(None if like is None else needs_of(like), step)
         if found is None:
             return None
         # Not by the keeper: where arrays are put may depend on the caller's thread.
@@ -248,16 +265,19 @@ class Checkpointer:
         state = found.state if like is None else fit_to(like, found.flat, source)
         return Backup(found.step, state, found.metadata, found.ended)
 
-    def restore_leaves(self, needs: Needs | None = None) -> StoredBackup | None:
+    def restore_leaves(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> StoredBackup | None:
         """`restore`, flat; the arrays are views of an arena, for saves when the last has gone.
 
         Of those of which not all is needed, only that can be had.
         """
         self._check_usable()
-        found, lost = self._keeper.call(functools.partial(self._directory.restore, needs))
+        found, lost = self._keeper.call(functools.partial(self._directory.restore, needs, step))
         if lost:
             warnings.warn(lost, stacklevel=3)
-        self._last_step = -1 if found is None else found.step
+        if step is None:
+            self._last_step = -1 if found is None else found.step
         if found is not None and self._directory.saves_here:
             self._capture.take_over(found.pages)
         return found

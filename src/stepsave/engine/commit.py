@@ -8,8 +8,8 @@ A marker file (`stepsave.format.marker`) names the valid backup, and proves it.
     4. publish  the marker `COMMIT` is replaced atomically: this is the commit point
     5. retire   the backup that was valid before becomes `spare`
 
-With `double_checkpoint` a second marker, `PREVIOUS`, names the backup before, and the one
-before that is retired. A crash between any two operations leaves the old backup valid or
+If some before the newest are kept, a second marker, `PREVIOUS`, names them all, and the oldest that
+is not to be kept is retired. A crash between any two operations leaves the old backup valid or
 the new one; what it leaves lying about is taken in by the next `begin`.
 """
 
@@ -34,6 +34,7 @@ from stepsave.engine.known_files import (
     without_junk,
 )
 from stepsave.engine.markers import Markers
+from stepsave.engine.retention import Retention
 from stepsave.errors import BackupDirectoryError
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
@@ -71,14 +72,12 @@ def _is_changing(path: str) -> bool:
 class CommitProtocol(Markers):
     """The backups in one directory. Used by one thread at a time."""
 
-    def __init__(
-        self, store: LocalStore, *, double_checkpoint: bool, is_shared: bool = False
-    ) -> None:
+    def __init__(self, store: LocalStore, retention: Retention, *, is_shared: bool = False) -> None:
         """Looks at the directory and refuses it if something in it is not stepsave's.
 
         Args:
             store: The directory.
-            double_checkpoint: Whether the backup before the newest is kept too.
+            retention: Which backups before the newest stay.
             is_shared: Whether other processes write there too: then no name of a directory that
                 is not valid is ever used twice. A machine that has one name in its cache, or was
                 halted before it opened a file, could else write into a backup that has become
@@ -89,7 +88,7 @@ class CommitProtocol(Markers):
         """
         super().__init__(store)
         self._files = store
-        self._double = double_checkpoint
+        self._retention = retention
         self._is_shared = is_shared
         self._spare = self._name_spare()
         self._spare_of: frozenset[FileRecord] = frozenset()  # what `spare` is known to hold
@@ -108,15 +107,15 @@ class CommitProtocol(Markers):
                 f"which can only be read. {READ_ONLY_ADVICE} To train on here, choose another "
                 "`backup_dir`. Nothing was changed."
             )
-        refuse_foreign(store, self._kept())
+        refuse_foreign(store, self._names())
 
-    def fall_back(self) -> None:
-        """Declares the newest backup unreadable: the previous one is the newest now.
+    def fall_back(self, record: BackupRecord) -> None:
+        """Declares those newer than a kept backup unreadable: it is the newest now.
 
-        Takes effect on disk with the next `begin`, when training has gone on from the
-        previous backup; until then nothing is touched, in case the fault passes.
+        Takes effect on disk with the next `begin`, when training has gone on from
+        there; until then nothing is touched, in case the fault passes.
         """
-        super().fall_back()
+        super().fall_back(record)
         self._collected = False
 
     def begin(self, blueprint: Blueprint, step: int) -> str:
@@ -202,11 +201,11 @@ class CommitProtocol(Markers):
 
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""
-        before = self.committed
+        older = self.records
         self._set_marker(COMMIT, record)
         self.committed = record
         try:
-            self._retire_after(before)
+            self._retire_all_but(self._retention.choose(older), older)
         except OSError as e:
             # The new backup is committed all the same, so the save has not failed. What
             # could not be put away is unreferenced; the next `begin` tries again, and
@@ -221,30 +220,28 @@ class CommitProtocol(Markers):
             self._set_marker(COMMIT, ended)
             self.committed = ended
 
-    def _retire_after(self, before: BackupRecord | None) -> None:
-        if self._double and before is not None:
-            # After COMMIT, so that at no instant fewer than two backups are valid.
-            self._set_marker(PREVIOUS, before)
-            oldest, self.previous = self.previous, before
-            self._retire(oldest)
-            return
-        if self.previous is not None:  # of an earlier run with `double_checkpoint`
-            oldest, self.previous = self.previous, None
-            self._set_marker(PREVIOUS, None)
-            self._remove_backup(oldest.directory)
-        self._retire(before)
+    def _retire_all_but(
+        self, kept: tuple[BackupRecord, ...], older: tuple[BackupRecord, ...]
+    ) -> None:
+        if kept != self.kept:
+            # After COMMIT, so that at no instant fewer backups are valid than are to be.
+            self._set_marker(PREVIOUS, *kept)
+            self.kept = kept
+        for record in older:
+            if record not in kept:
+                self._retire(record)
 
     def record_of(self, step: int) -> BackupRecord | None:
         """Returns the backup of a step that is there and whole, for threads other than the keeper.
 
         None if there is none; or for a moment, while the keeper retires it.
         """
-        some = (self.committed, self.previous, *self._left)
-        return next((record for record in some if record is not None and record.step == step), None)
+        some = (*self.records, *self._left)
+        return next((record for record in some if record.step == step), None)
 
     def forget(self) -> None:
         """Gives up the backups that there are, for a newer one elsewhere, with the next `begin`."""
-        self.committed = self.previous = None
+        self.committed, self.kept = None, ()
         self.problems.clear()
         self._collected = False
 
@@ -263,8 +260,8 @@ class CommitProtocol(Markers):
     def delete_all(self) -> None:
         """Removes every backup, markers first, and nothing that stepsave did not write."""
         for name in (COMMIT, PREVIOUS):
-            self._set_marker(name, None)
-        self.committed = self.previous = None
+            self._set_marker(name)
+        self.committed, self.kept = None, ()
         self.problems.clear()
         for name in self._files.list():
             if is_spare(name) or name.isdigit():
@@ -275,11 +272,12 @@ class CommitProtocol(Markers):
         self._left.clear()
         self._written.clear()
 
-    def _retire(self, record: BackupRecord | None) -> None:
-        if record is None:
-            return
+    def _retire(self, record: BackupRecord) -> None:
         if self.is_read(record.directory):
             self._left.append(record)
+            return
+        if self._files.exists(self._spare):
+            self._remove_backup(record.directory)
             return
         written = self._written.pop(record.directory, None)
         self._spare = self._name_spare()
@@ -292,14 +290,11 @@ class CommitProtocol(Markers):
         """Takes in what was still being read when it was retired, and is not any more."""
         left, self._left = self._left, []
         for record in left:
-            if self.is_read(record.directory) or not self._files.exists(self._spare):
-                self._retire(record)
-            else:
-                self._remove_backup(record.directory)
+            self._retire(record)
 
-    def _set_marker(self, name: str, record: BackupRecord | None) -> None:
-        if record is not None:
-            self._files.replace(name, encode_marker(record))
+    def _set_marker(self, name: str, *records: BackupRecord) -> None:
+        if records:
+            self._files.replace(name, encode_marker(*records))
             return
         self._files.remove(name)
         # Without it the marker can come back after its backup was removed.
@@ -311,13 +306,14 @@ class CommitProtocol(Markers):
         # They differ after `fall_back`, and after a publish that failed half way. A marker
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
         # so that at every instant one of the markers names a backup that can be read.
-        for name, record in ((COMMIT, self.committed), (PREVIOUS, self.previous)):
-            if self.on_disk(name) != record:
-                self._set_marker(name, record)
+        newest = () if self.committed is None else (self.committed,)
+        for name, records in ((COMMIT, newest), (PREVIOUS, self.kept)):
+            if self.on_disk(name) != records:
+                self._set_marker(name, *records)
                 self.problems.pop(name, None)
         for name in TEMPORARY_NAMES:
             self._files.remove(name)
-        kept = self._kept() | {record.directory for record in self._left}
+        kept = self._names() | {record.directory for record in self._left}
         for name in self._files.list():
             if is_spare(name) and (self._is_shared or name != SPARE):
                 self._remove_backup(name)
@@ -336,9 +332,9 @@ class CommitProtocol(Markers):
     def _name_spare(self) -> str:
         return f"{SPARE}-{os.urandom(4).hex()}" if self._is_shared else SPARE
 
-    def _kept(self) -> set[str]:
+    def _names(self) -> set[str]:
         """Names of the directories that are valid backups."""
-        return {record.directory for record in (self.committed, self.previous) if record}
+        return {record.directory for record in self.records}
 
     def _make_spare(self, blueprint: Blueprint) -> None:
         self._files.make_directory(self._spare)

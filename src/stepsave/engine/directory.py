@@ -8,8 +8,10 @@ from stepsave.engine.agreed_reading import LedReading
 from stepsave.engine.agreement import Leading
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.newest import restore_newest
 from stepsave.engine.peers import Board
-from stepsave.engine.reader import Needs, StoredBackup, read_backup, restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct
 from stepsave.errors import (
@@ -59,20 +61,20 @@ class BackupDirectory:
         self._helpers = helpers
         self._lock = store.make_hold()
 
-    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+    def open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
         """Opens it, and tells other processes of the training; see `_open`."""
         board = self._board
         if board is None:
-            return self._open(writer, lanes, double_checkpoint=double_checkpoint)
+            return self._open(writer, lanes, retention)
         try:
-            step = self._open(writer, lanes, double_checkpoint=double_checkpoint)
+            step = self._open(writer, lanes, retention)
         except BaseException as e:
             board.say("open", error=str(e))
             raise
         board.say("open", error="", step=step, nonce=self._lock.nonce, writer=self.writer_name)
         return step
 
-    def _open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+    def _open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
         """Makes the directory if needed, locks it, and sees what is in it.
 
         Returns:
@@ -87,9 +89,7 @@ class BackupDirectory:
         self._lock.reserve()
         # Before the lock file is made: a directory that is refused must stay as it was.
         is_shared = self._leading is not None
-        self.protocol = _make_protocol(
-            store, double_checkpoint=double_checkpoint, is_shared=is_shared
-        )
+        self.protocol = _make_protocol(store, retention, is_shared=is_shared)
         self._lock.acquire()
         self.protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
@@ -111,9 +111,9 @@ class BackupDirectory:
         return self.protocol.committed
 
     @property
-    def previous(self) -> BackupRecord | None:
-        """The backup before it, if it is kept."""
-        return self.protocol.previous
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """The backups before it that are kept, newest first."""
+        return self.protocol.kept
 
     @property
     def is_held(self) -> bool:
@@ -150,7 +150,9 @@ class BackupDirectory:
     def upload(self) -> None:
         """Nothing to do: there is one place."""
 
-    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+    def restore(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup, with other processes if there are any; see `restore_newest`."""
 
         def read_own(record: BackupRecord) -> StoredBackup:
@@ -158,13 +160,13 @@ class BackupDirectory:
 
         reading = self._reading
         if reading is None:
-            return restore_newest(self.place, self.protocol, read_own)
+            return restore_newest(self.place, self.protocol, read_own, step)
 
         def read_all(record: BackupRecord) -> StoredBackup:
             return reading.read(record, lambda: read_own(record))
 
         try:
-            found, lost = restore_newest(self.place, self.protocol, read_all)
+            found, lost = restore_newest(self.place, self.protocol, read_all, step)
         except BaseException as e:
             with contextlib.suppress(PeerError):  # then they find out by themselves
                 reading.end(None, str(e))
@@ -195,12 +197,12 @@ class BackupDirectory:
 
 
 def _make_protocol(
-    store: Store, *, double_checkpoint: bool, is_shared: bool
+    store: Store, retention: Retention, *, is_shared: bool
 ) -> CommitProtocol | BucketCommit:
     if isinstance(store, BucketStore):
-        return BucketCommit(store, double_checkpoint=double_checkpoint)
+        return BucketCommit(store, retention)
     try:
-        return CommitProtocol(store, double_checkpoint=double_checkpoint, is_shared=is_shared)
+        return CommitProtocol(store, retention, is_shared=is_shared)
     except PermissionError as e:
         raise BackupDirectoryError(
             f"{store.root}: cannot look into the backup directory: {e}. Make it readable or "

@@ -14,6 +14,7 @@ from stepsave.engine.markers import Markers
 from stepsave.engine.peers import Board
 from stepsave.engine.read_only import ReadOnlyDirectory
 from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.shard_writing import Shards
 from stepsave.engine.writer import SaveRequest, WriterKind, carry_out
@@ -52,14 +53,14 @@ class FollowerDirectory(ReadOnlyDirectory):
         self._reading = FollowedReading(board)
         self._written: dict[str, Written] = {}  # by the nonce of the backup
 
-    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+    def open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
         """Waits until process 0 has opened the directory, and makes sure that it is the same.
 
         Raises:
             BackupDirectoryError: If process 0 could not open it, or it is another directory.
             PeerError: If process 0 says nothing.
         """
-        del writer, double_checkpoint  # as process 0 says
+        del writer, retention  # as process 0 says
         told = self._board.hear("open")
         if told["error"]:
             raise BackupDirectoryError(f"Process 0 could not open it: {told['error']}")
@@ -149,8 +150,11 @@ class FollowerDirectory(ReadOnlyDirectory):
             self._following.hear_order(step, 0)
             self._following.report()
 
-    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+    def restore(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> tuple[StoredBackup | None, str]:
         """Reads the backup that all processes restore, at the same time; see `FollowedReading`."""
+        del step  # as process 0 says
         return self._reading.read(lambda nonce: self.read(nonce, needs)), ""
 
     def read(self, nonce: str, needs: Needs | None) -> StoredBackup:
@@ -164,8 +168,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         def look() -> bool:
             markers = Markers(self._store)
             markers.read_markers()
-            both = (markers.committed, markers.previous)
-            records[:] = [record for record in both if record and record.nonce == nonce]
+            records[:] = [record for record in markers.records if record.nonce == nonce]
             return bool(records)
 
         if not _comes_true(look):

@@ -20,13 +20,10 @@ from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.follower import FollowerDirectory
 from stepsave.engine.holdings import read_held, read_holding
 from stepsave.engine.joint_uploading import FollowedUpload, LedUpload
+from stepsave.engine.newest import restore_newest
 from stepsave.engine.peers import LIMIT_S, Board, Peers
-from stepsave.engine.reader import (
-    Needs,
-    StoredBackup,
-    read_backup,
-    restore_newest,
-)
+from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.tiers import Tiers, step_of
 from stepsave.engine.uploading import UploadPace
@@ -75,15 +72,15 @@ class JointTiers(Tiers):
             there = FollowerDirectory(bucket, SaveLog(), helpers, board)
         super().__init__(bucket, BackupDirectory(self._disk, log, helpers), there, log, helpers)
 
-    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+    def open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
         """Opens both; see `BackupDirectory.open`.
 
         On the disk two backups are kept in any case: when the processes end, one of them may be
         ahead of another by a save, and what counts is what all have.
         """
-        step = self._remote.open("auto", lanes, double_checkpoint=double_checkpoint)
+        step = self._remote.open("auto", lanes, retention)
         self._run = self._agree_on_run()
-        step = max(step, self._local.open(writer, lanes, double_checkpoint=True))
+        step = max(step, self._local.open(writer, lanes, Retention(1)))
         disk = self._local.protocol
         assert isinstance(disk, CommitProtocol)
         self._protocol = disk
@@ -128,12 +125,16 @@ class JointTiers(Tiers):
         return here if step_of(here) >= step_of(there) else there
 
     @property
-    def previous(self) -> BackupRecord | None:
-        """The one before it on the disk."""
-        return self._local.previous
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """Those before it on the disk."""
+        return self._local.kept
 
-    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+    def restore(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup that all processes can read; what is lost by that is told.
+
+        One of a certain step is read from the bucket, where those are that are kept.
 
         Raises:
             CorruptBackupError: If there is one, but none that can be read.
@@ -144,13 +145,14 @@ class JointTiers(Tiers):
         self._uploader.wait()
         self._local.protocol.read_markers()
         number = next(self._restores)
-        held, lost = self._find_held()
+        held, lost = self._find_held() if step is None else ({}, "")
         if self._peers.is_leader:
-            found, more = self._lead_restore(held, number, needs)
+            found, more = self._lead_restore(held, number, needs, step)
         else:
             self._board.say(f"has {number}/{self._peers.rank}", nonces=[*held])
             found, more = self._followed.read(lambda nonce: self._read(held, nonce, needs)), ""
-        self._settle(found)
+        if step is None:
+            self._settle(found)
         self._name_saves()
         return found, " ".join(filter(None, (lost, more)))
 
@@ -158,9 +160,7 @@ class JointTiers(Tiers):
         """Returns what this process could restore, and what it could not have looked at."""
         held: Held = {}
         problems = [str(problem) for problem in self._protocol.problems.values()]
-        for record in (self._local.committed, self._local.previous):
-            if record is None:
-                continue
+        for record in self._protocol.records:
             try:
                 holding = read_holding(self._disk, record, self._helpers)
             except (StepsaveError, OSError) as e:
@@ -173,7 +173,7 @@ class JointTiers(Tiers):
         return held, text
 
     def _lead_restore(
-        self, held: Held, number: int, needs: Needs | None
+        self, held: Held, number: int, needs: Needs | None, step: int | None
     ) -> tuple[StoredBackup | None, str]:
         try:
             others = [
@@ -181,7 +181,7 @@ class JointTiers(Tiers):
                 for rank in range(1, self._peers.count)
             ]
             common = [n for n in held if all(n in nonces for nonces in others)]
-            found, lost = self._restore_agreed(held, common, needs)
+            found, lost = self._restore_agreed(held, common, needs, step)
         except BaseException as e:
             with contextlib.suppress(PeerError):  # then they find out by themselves
                 self._led.end(None, str(e))
@@ -190,7 +190,7 @@ class JointTiers(Tiers):
         return found, lost
 
     def _restore_agreed(
-        self, held: Held, common: list[str], needs: Needs | None
+        self, held: Held, common: list[str], needs: Needs | None, step: int | None
     ) -> tuple[StoredBackup | None, str]:
         remote = self._remote
         assert isinstance(remote, BackupDirectory)
@@ -215,7 +215,7 @@ class JointTiers(Tiers):
         def read_all(record: BackupRecord) -> StoredBackup:
             return self._led.read(record, lambda: self._read_remote(record, needs))
 
-        found, lost = restore_newest(remote.place, remote.protocol, read_all)
+        found, lost = restore_newest(remote.place, remote.protocol, read_all, step)
         if found is None and problem is not None:
             raise CorruptBackupError(
                 f"{self._disk.root}: {' '.join(texts)} There is none in {remote.place}."
@@ -247,8 +247,8 @@ class JointTiers(Tiers):
         """
         disk = self._protocol
         step = -1 if found is None else found.step
-        if step_of(disk.previous) == step and step_of(disk.committed) > step:
-            disk.fall_back()
+        if disk.previous is not None and disk.previous.step == step < step_of(disk.committed):
+            disk.fall_back(disk.previous)
         elif disk.problems or step_of(disk.committed) > step:
             disk.forget()
 

@@ -19,7 +19,7 @@ class Markers:
 
     Attributes:
         committed: The newest valid backup.
-        previous: The one before it, if it is kept.
+        kept: Those before it that are kept, newest first.
         problems: Markers that cannot be read, and why.
         claim: What the marker says, if it is that of a bucket.
     """
@@ -28,27 +28,39 @@ class Markers:
         """Reads nothing yet."""
         self._store = store
         self.committed: BackupRecord | None = None
-        self.previous: BackupRecord | None = None
+        self.kept: tuple[BackupRecord, ...] = ()
         self.problems: dict[str, Problem] = {}
         self.claim: Claim | None = None
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The one before the newest, if it is kept."""
+        return self.kept[0] if self.kept else None
+
+    @property
+    def records(self) -> tuple[BackupRecord, ...]:
+        """All valid backups, newest first."""
+        return self.kept if self.committed is None else (self.committed, *self.kept)
 
     def read_markers(self) -> None:
         """Takes from the store which backups are valid; what cannot be read is in `problems`."""
         commit = self.on_disk(COMMIT)
-        # That of a bucket, or of a copy of one, says all.
-        previous = commit.previous if isinstance(commit, Claim) else self.on_disk(PREVIOUS)
-        found = {COMMIT: commit, PREVIOUS: previous}
-        self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
         self.claim = commit if isinstance(commit, Claim) else None
-        committed = commit.committed if isinstance(commit, Claim) else commit
-        self.committed = committed if isinstance(committed, BackupRecord) else None
-        self.previous = previous if isinstance(previous, BackupRecord) else None
+        # That of a bucket, or of a copy of one, says all.
+        if isinstance(commit, Claim):
+            newest, kept = commit.backups[:1], commit.backups[1:]
+        else:
+            newest, kept = commit, self.on_disk(PREVIOUS)
+        found = {COMMIT: newest, PREVIOUS: kept}
+        self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
+        self.committed = newest[0] if isinstance(newest, tuple) and newest else None
+        self.kept = kept if isinstance(kept, tuple) else ()
 
-    def on_disk(self, name: str) -> BackupRecord | Claim | Problem | None:
-        """What a marker says now; None if there is none."""
+    def on_disk(self, name: str) -> tuple[BackupRecord, ...] | Claim | Problem:
+        """What a marker says now; no backup if there is none."""
         try:
             encoded = self.read_marker(name)
-            return None if encoded is None else decode_marker(encoded, str(self._store.path(name)))
+            return () if encoded is None else decode_marker(encoded, str(self._store.path(name)))
         except (CorruptBackupError, OSError) as e:
             return e
 
@@ -59,11 +71,10 @@ class Markers:
         except FileNotFoundError:
             return None
 
-    def fall_back(self) -> None:
-        """Declares the newest backup unreadable: the previous one is the newest now.
+    def fall_back(self, record: BackupRecord) -> None:
+        """Declares those newer than a kept backup unreadable: it is the newest now.
 
         Nothing on disk is touched, in case the fault passes.
         """
-        assert self.previous is not None
-        self.committed, self.previous = self.previous, None
+        self.committed, self.kept = record, self.kept[self.kept.index(record) + 1 :]
         self.problems.pop(COMMIT, None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from stepsave.engine.markers import Markers
-from stepsave.engine.reader import Needs, StoredBackup, read_backup, restore_newest
+from stepsave.engine.newest import restore_newest
+from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.retention import Retention
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError
 from stepsave.format.records import BackupRecord
@@ -35,13 +37,13 @@ class ReadOnlyDirectory:
         self._pid = os.getpid()
         self.is_released = False
 
-    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
+    def open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
         """Looks whether there is such a directory; the arguments are for those who write.
 
         Raises:
             BackupDirectoryError: If there is none.
         """
-        del writer, lanes, double_checkpoint
+        del writer, lanes, retention
         self._store.check_directory()
         return -1  # nothing is saved here
 
@@ -51,9 +53,9 @@ class ReadOnlyDirectory:
         return self._read_markers().committed
 
     @property
-    def previous(self) -> BackupRecord | None:
-        """The backup before it, if it is kept."""
-        return self._read_markers().previous
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """The backups before it that are kept, newest first."""
+        return self._read_markers().kept
 
     @property
     def is_held(self) -> bool:
@@ -82,7 +84,9 @@ class ReadOnlyDirectory:
         """Never called."""
         raise AssertionError(step)
 
-    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+    def restore(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup; again, if it was replaced meanwhile.
 
         Raises:
@@ -99,13 +103,14 @@ class ReadOnlyDirectory:
                     str(self._store.root),
                     Markers(self._store),
                     lambda record: read_backup(self._store, record, self._helpers, needs),
+                    step,
                 )
             except Exception as e:  # noqa: BLE001  raised below, if nobody else is the cause
                 error = e
             if error is None and not lost:
                 return found, ""
             now = self._read_markers()
-            if (before.committed, before.previous) == (now.committed, now.previous):
+            if before.records == now.records:
                 if error is not None:
                     raise error
                 return found, lost

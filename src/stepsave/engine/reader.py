@@ -10,16 +10,12 @@ from typing import Any, cast
 import numpy as np
 
 from stepsave.engine.extents import Extents, Regions
-from stepsave.engine.known_files import COMMIT, TRAINING_PATH, is_training, training_path
-from stepsave.engine.markers import Markers
+from stepsave.engine.known_files import TRAINING_PATH, is_training, training_path
 from stepsave.errors import (
     ArenaMemoryError,
     BackupDirectoryError,
-    BucketError,
     CorruptBackupError,
     FormatVersionError,
-    PeerError,
-    StepsaveError,
 )
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
@@ -47,12 +43,12 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = (
+    "ADVICE",
     "Needs",
     "StoredBackup",
     "read_backup",
     "read_files",
     "read_shard",
-    "restore_newest",
     "shard_digest",
 )
 
@@ -64,10 +60,12 @@ Whole = tuple[
     Callable[[Sequence[LeafSpec], Sequence[SavedArray]], Sequence[SavedArray]],
 ]
 
-_ADVICE = (
+ADVICE = (
     "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
     "`double_checkpoint=True` keeps a second backup for such a case."
 )
+"""What to do about a backup that cannot be read."""
+
 _READ_THREADS = 4
 
 
@@ -95,66 +93,6 @@ class StoredBackup:
         """The state with whole NumPy arrays, in dicts, lists and tuples."""
         flat = self.flat
         return unflatten(flat.paths, [np.asarray(leaf) for leaf in flat.leaves], flat.notes)
-
-
-def restore_newest(
-    place: str, markers: Markers, read: Callable[[BackupRecord], StoredBackup]
-) -> tuple[StoredBackup | None, str]:
-    """Reads the newest valid backup, or the one before it if that cannot be read.
-
-    Falls back whatever the error, and tells the markers so.
-
-    Args:
-        place: The directory or the bucket, for texts.
-        markers: Its markers.
-        read: Reads one.
-
-    Returns:
-        The backup, or None if there never was one; and a text that names what is lost if it is
-        not the newest.
-
-    Raises:
-        CorruptBackupError: If there is one, but none that can be read.
-    """
-    markers.read_markers()
-    newest, previous = markers.committed, markers.previous
-    error: Exception | None = markers.problems.get(COMMIT)
-    if newest is not None:
-        try:
-            return read(newest), ""
-        except (BucketError, PeerError):
-            raise  # it is not lost, but out of reach
-        except Exception as e:  # noqa: BLE001  whatever it is, a second backup may be whole
-            error = e
-    backup = None
-    if previous is not None:
-        try:
-            backup = read(previous)
-        except Exception as e:  # noqa: BLE001  as above
-            if error is None:
-                error = e
-            else:
-                error.add_note(f"The backup before it cannot be read either: {e}")
-    if backup is None:
-        if error is not None:
-            raise _as_corrupt(place, error)
-        return None, ""
-    what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
-    loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
-    markers.fall_back()
-    return backup, (
-        f"stepsave: {what} in {place} cannot be read. Restored the one before it, of step "
-        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
-    )
-
-
-def _as_corrupt(place: str, error: Exception) -> Exception:
-    if isinstance(error, StepsaveError):
-        return error
-    found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
-    wrapped = CorruptBackupError(f"{place}: the backup cannot be read: {found}. {_ADVICE}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def read_backup(
@@ -198,13 +136,13 @@ def read_backup(
         )
     for path in (orbax.LAYOUT_PATH, own):
         if path not in files:
-            raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {_ADVICE}")
+            raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {ADVICE}")
     layout_source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
     plan = decode_layout(files[orbax.LAYOUT_PATH], layout_source)
     if (plan.shard_bytes, plan.shard_count) != (record.shard_bytes, len(record.shard_digests)):
         raise CorruptBackupError(
             f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
-            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {_ADVICE}"
+            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {ADVICE}"
         )
     extents = Extents(plan, None if needs is None else needs(plan.leaves))
     numbers = [number for number in range(plan.shard_count) if extents.of_shard(number)]
@@ -233,7 +171,7 @@ def read_backup(
     except (ValueError, TypeError, LookupError) as e:
         raise CorruptBackupError(
             f"{store.path(record.directory)}/{own}: expected a structure that fits the "
-            f"arrays, found {e!r}. {_ADVICE}"
+            f"arrays, found {e!r}. {ADVICE}"
         ) from e
     flat = FlatState(paths, list(leaves), notes)
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
@@ -274,7 +212,7 @@ def read_files(
         if found != file.crc32c:
             raise CorruptBackupError(
                 f"{store.path(below[file.path])}: expected CRC-32C {file.crc32c:08x}, "
-                f"found {found:08x}. {_ADVICE}"
+                f"found {found:08x}. {ADVICE}"
             )
         contents[file.path] = data
 
@@ -287,7 +225,7 @@ def _check_sizes(store: Store, sizes: dict[str, int]) -> None:
     try:
         store.check_sizes(sizes)
     except CorruptBackupError as e:
-        raise CorruptBackupError(f"{e} {_ADVICE}") from e
+        raise CorruptBackupError(f"{e} {ADVICE}") from e
 
 
 def read_shard(
@@ -343,14 +281,14 @@ def read_shard(
                 f"{store.path(path)}: data of {plan.leaves[chunk.leaf].name!r} (chunk "
                 f"{chunk.grid}, bytes {begin} to {begin + chunk.stored_bytes}): expected CRC-32C "
                 f"{int.from_bytes(stored, 'little'):08x}, found "
-                f"{int.from_bytes(found, 'little'):08x}. {_ADVICE}"
+                f"{int.from_bytes(found, 'little'):08x}. {ADVICE}"
             )
         checksums += stored
     digest, expected = crc32c(bytes(checksums)), record.shard_digests[number]
     if digest != expected:
         raise CorruptBackupError(
             f"{store.path(path)}: expected the shard with digest {expected:08x}, found "
-            f"{digest:08x}: a shard of another save. {_ADVICE}"
+            f"{digest:08x}: a shard of another save. {ADVICE}"
         )
 
 

@@ -11,13 +11,14 @@ from stepsave.store.places import Target
 __all__ = ("restore",)
 
 
-def restore(directory: Target, *, like: Any = None) -> Backup | None:
+def restore(directory: Target, *, like: Any = None, step: int | None = None) -> Backup | None:
     """Reads the newest valid backup in a directory, which may be in use, and changes nothing.
 
     Args:
         directory: Where it is, or in which bucket, as in `Checkpointer`. No permission to write
             there is needed.
         like: As in `Checkpointer.restore`.
+        step: That of a kept backup, if not the newest is wanted.
 
     Returns:
         The backup, or None if there is none in the directory.
@@ -25,7 +26,8 @@ def restore(directory: Target, *, like: Any = None) -> Backup | None:
     Raises:
         BackupDirectoryError: If there is no such directory, or the backup was replaced again and
             again while it was being read.
-        CorruptBackupError, BackupMismatchError, InvalidStateError: As `Checkpointer.restore`.
+        CorruptBackupError, BackupMismatchError, InvalidStateError, ValueError: As
+            `Checkpointer.restore`.
     """
     with Checkpointer(directory, read_only=True) as reader:
-        return reader.restore(like=like)
+        return reader.restore(like=like, step=step)

@@ -13,6 +13,7 @@ from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.follower import FollowerDirectory
 from stepsave.engine.reader import Needs, StoredBackup, read_files
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.uploading import LoneUpload, Upload, Uploader, UploadPace
 from stepsave.engine.writer import SaveRequest, WriterKind
@@ -154,11 +155,11 @@ class TieredDirectory(Tiers):
         on_disk = BackupDirectory(local, log, helpers)
         super().__init__(bucket, on_disk, self._there, log, helpers)
 
-    def open(self, writer: WriterKind, lanes: int, *, double_checkpoint: bool) -> int:
-        """Opens both; see `BackupDirectory.open`."""
+    def open(self, writer: WriterKind, lanes: int, retention: Retention) -> int:
+        """Opens both; see `BackupDirectory.open`. At most one old backup stays here."""
         steps = (
-            self._there.open("auto", lanes, double_checkpoint=double_checkpoint),
-            self._local.open(writer, lanes, double_checkpoint=double_checkpoint),
+            self._there.open("auto", lanes, retention),
+            self._local.open(writer, lanes, Retention(min(retention.recent, 1))),
         )
         remote, local = self._there.protocol, self._local.protocol
         assert isinstance(remote, BucketCommit)
@@ -174,16 +175,20 @@ class TieredDirectory(Tiers):
         return self._newest_first()[0].committed
 
     @property
-    def previous(self) -> BackupRecord | None:
-        """The backup before it at the same place, if it is kept."""
-        return self._newest_first()[0].previous
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """The backups before it that are kept at either place, newest first."""
+        places = (self._there, self._local)
+        some = {record.step: record for place in places for record in place.protocol.records}
+        return tuple(some[step] for step in sorted(some, reverse=True)[1:])
 
     def _newest_first(self) -> Sequence[BackupDirectory]:
         """Both; the directory first if they have the same."""
         places = (self._local, self._there)
         return sorted(places, key=lambda place: -step_of(place.committed))
 
-    def restore(self, needs: Needs | None = None) -> tuple[StoredBackup | None, str]:
+    def restore(
+        self, needs: Needs | None = None, step: int | None = None
+    ) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup that can be read; what is lost by that is told.
 
         Raises:
@@ -194,6 +199,9 @@ class TieredDirectory(Tiers):
         self._uploader.wait()
         for place in (self._local, self._there):
             place.protocol.read_markers()
+        if step is not None:
+            is_here = any(record.step == step for record in self._on_disk.records)
+            return (self._local if is_here else self._there).restore(needs, step)
         found, lost = self._restore_newest(needs)
         on_disk = self._on_disk
         found_step = -1 if found is None else found.step

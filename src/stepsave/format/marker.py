@@ -8,14 +8,18 @@ A marker is one line, which proves the JSON after it by length and CRC-32C:
 It is trusted by content only, never by existence: after a power cut ext4 can show a file
 that was renamed into place, but empty.
 
+Of the backups before the newest one marker names all: one as itself, those before it as `older`.
+
 In a bucket, where nothing can be renamed and only one object be replaced conditionally, one marker
-says all: who may save, the newest backup and the one before it. That is version 2.
+says everything: who may save, the newest backup and those before it. That is version 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 from stepsave.errors import CorruptBackupError, FormatVersionError
@@ -44,24 +48,26 @@ _ADVICE = (
 )
 
 
-def encode_marker(record: BackupRecord) -> bytes:
+def encode_marker(record: BackupRecord, *older: BackupRecord) -> bytes:
     """Encodes a marker of a directory: a line that proves the JSON after it."""
-    return _prove(_OF_DIRECTORY, _document_of(record))
+    document = _document_of(record)
+    if older:
+        document["older"] = [_document_of(one) for one in older]
+    return _prove(_OF_DIRECTORY, document)
 
 
 def encode_claim(claim: Claim) -> bytes:
     """Encodes the marker of a bucket."""
-    owner, records = claim.owner, (claim.committed, claim.previous)
-    backups = [_document_of(record) for record in records if record is not None]
+    owner, backups = claim.owner, [_document_of(record) for record in claim.backups]
     person = {"run": owner.run, "host": owner.host, "pid": owner.pid}
     return _prove(_OF_BUCKET, {"owner": person, "backups": backups})
 
 
-def decode_marker(encoded: bytes, source: str) -> BackupRecord | Claim:
+def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Claim:
     """Decodes a marker, trusting nothing but what its checksum proves.
 
     Returns:
-        A record, or of a bucket's marker a claim.
+        The backups that it names, newest first; of a bucket's marker a claim.
 
     Raises:
         FormatVersionError: If a newer stepsave wrote it.
@@ -90,7 +96,8 @@ def decode_marker(encoded: bytes, source: str) -> BackupRecord | Claim:
         document = json.loads(body)
         if words[1] == str(_OF_BUCKET):
             return _claim_of(document)
-        return _record_of(document, r"\d+")
+        some = (document, *document.get("older", ()))
+        return _newest_first(_record_of(one, r"\d+") for one in some)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {_ADVICE}") from e
 
@@ -116,12 +123,18 @@ def _document_of(record: BackupRecord) -> dict[str, Any]:
 
 def _claim_of(document: dict[str, Any]) -> Claim:
     owner = document["owner"]
-    backups = [_record_of(backup, rf"{RUN_NAME}/\d+") for backup in document["backups"]]
-    if len(backups) > 2:
-        raise ValueError(f"{len(backups)} backups, where at most two are kept")
-    committed, previous = (*backups, None, None)[:2]
     of_run = Owner(str(owner["run"]), str(owner["host"]), int(owner["pid"]))
-    return Claim(of_run, committed, previous)
+    backups = (_record_of(one, rf"{RUN_NAME}/\d+") for one in document["backups"])
+    return Claim(of_run, _newest_first(backups))
+
+
+def _newest_first(records: Iterable[BackupRecord]) -> tuple[BackupRecord, ...]:
+    """Returns them all, if each is older than the one before it."""
+    found = tuple(records)
+    for newer, older in itertools.pairwise(found):
+        if newer.step <= older.step:
+            raise ValueError(f"step {older.step} is named as older than step {newer.step}")
+    return found
 
 
 def _record_of(document: dict[str, Any], directory_form: str) -> BackupRecord:

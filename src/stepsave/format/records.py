@@ -195,13 +195,11 @@ class Claim:
 
     Attributes:
         owner: Whoever wrote it. Somebody else who replaces it may save from then on.
-        committed: The newest valid backup, None if there is none yet.
-        previous: The backup before it, if it is kept.
+        backups: The valid ones, newest first; none before the first commit.
     """
 
     owner: Owner
-    committed: BackupRecord | None
-    previous: BackupRecord | None
+    backups: tuple[BackupRecord, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
