@@ -330,6 +330,36 @@ def test_what_one_process_cannot_read_none_restores(tmp_path):
     assert stepsave.restore(place).step == 3
 
 
+KEEP = (
+    PRELUDE
+    + """
+with stepsave.Checkpointer(place, keep=2) as saver:
+    for step in range(1, 6):
+        saver.save(step, state_of(step)).wait()
+    for step in (3, 5, 4):
+        backup = saver.restore(like=state_of(0), step=step)
+        assert_is_state_of(backup.state, step)
+    try:
+        saver.restore(like=state_of(0), step=1)
+    except (ValueError, stepsave.StepsaveError) as e:
+        print(str(e).replace(chr(10), " "), flush=True)
+    saver.save(6, state_of(6)).wait()
+    assert_is_state_of(saver.restore(like=state_of(0)).state, 6)
+"""
+)
+
+
+def test_all_restore_the_kept_backup_that_was_asked_for(tmp_path):
+    place = tmp_path / "backup"
+    with Processes(KEEP, place, "1x2", environment=devices(1)) as processes:
+        lines = processes.results()
+    assert all("there are: 5, 4, 3." in one[-1] for one in lines)
+    for step in (4, 5, 6):
+        for name, array in stepsave.restore(place, step=step).state.items():
+            if name not in ("host", "step"):
+                assert_same_bits(array, value_of(name, array.shape, step))
+
+
 ELSEWHERE = (
     PRELUDE
     + """

@@ -362,3 +362,21 @@ def test_nothing_is_warned_of_where_nothing_is_wrong(memory, local):
             assert saver.previous.step == 4
     assert directories(local) == {"4", "5", "spare"}
     assert restored(memory.place) == 5
+
+
+def test_what_is_to_be_gone_back_to_stays_in_the_bucket(memory, local):
+    with stepsave.Checkpointer(memory.place, local_dir=local, keep=2) as saver:
+        for step in range(1, 7):
+            saver.save(step, state_of(step)).wait()
+            saver.upload()
+        assert [record.step for record in saver.kept] == [5, 4]
+        for step in (4, 5, 6):
+            backup = saver.restore(step=step)
+            assert backup.step == step
+            assert_is_state_of(backup)
+        saver.save(7, state_of(7)).wait()
+    assert directories(local) == {"6", "7", "spare"}
+    for step in (5, 6, 7):
+        assert_is_state_of(stepsave.restore(memory.place, step=step))
+    with pytest.raises(ValueError, match=r"there are: 7, 6, 5\."):
+        stepsave.restore(memory.place, step=4)

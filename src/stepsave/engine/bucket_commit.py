@@ -91,7 +91,7 @@ class BucketCommit(Markers):
         self._is_collected = self._is_collected and self._is_owner
 
     def fall_back(self, record: BackupRecord) -> None:
-        """Declares those newer than a kept backup unreadable; the next save has the marker say so."""
+        """Declares those newer than a kept backup unreadable; the next save writes that down."""
         super().fall_back(record)
         self._is_owner = self._is_collected = False
 
