@@ -1,9 +1,9 @@
 """The state of the golden backups. Must never change: it says what old backups hold.
 
-    python tests/golden_state.py DIRECTORY [processes]
+    python tests/golden_state.py DIRECTORY [processes | kept]
 
-writes a backup of it, as was done once for each format: by one process, or by two that have it on
-two devices each.
+writes a backup of it, as was done once for each format: by one process, by two that have it on
+two devices each, or with older ones before it.
 """
 
 import sys
@@ -14,6 +14,7 @@ import stepsave
 from stepsave.format.records import DTYPES
 
 STEP = 1200
+KEPT = (600, 800, 1000)
 METADATA = {"epoch": 3, "note": "größer als 1 MiB? no", "values": [1, 2.5, None, True]}
 
 
@@ -60,5 +61,8 @@ if __name__ == "__main__":
         with Processes(SPREAD, sys.argv[1]) as processes:
             processes.results()
     else:
-        with stepsave.Checkpointer(sys.argv[1]) as saver:
+        older = KEPT if sys.argv[2:] == ["kept"] else ()
+        with stepsave.Checkpointer(sys.argv[1], keep=len(older)) as saver:
+            for step in older:
+                saver.save(step, {"of": np.int16(step)}).wait()
             saver.save(STEP, state(), METADATA).wait()

@@ -21,7 +21,7 @@ VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 def test_there_is_a_golden_backup_of_each_format():
     made = [f"v{n}" for n in range(1, FORMAT_VERSION + 1)]
-    assert [*made, "v1-processes"] == VERSIONS
+    assert [*made, "v1-kept", "v1-processes"] == VERSIONS
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -32,6 +32,12 @@ def test_a_golden_backup_restores(version, tmp_path):
     assert backup.step == golden_state.STEP
     assert backup.metadata == golden_state.METADATA
     assert_same_bits(backup.state, golden_state.state())
+
+
+def test_the_golden_backups_before_the_newest_restore_by_their_step():
+    for step in golden_state.KEPT:
+        backup = stepsave.restore(GOLDEN / "v1-kept", step=step)
+        assert (backup.step, backup.state) == (step, {"of": step})
 
 
 def test_the_golden_backup_of_processes_is_in_blocks_and_has_what_each_of_them_knew():
