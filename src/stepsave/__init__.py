@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepsave import rng
     from stepsave.engine.checkpointer import Checkpointer
+    from stepsave.engine.frequency import SaveFrequency
     from stepsave.engine.restoring import restore
     from stepsave.engine.saves import SaveHandle
     from stepsave.errors import (
@@ -52,6 +53,7 @@ __all__ = (
     "Preempted",
     "SaveFailedError",
     "SaveFailedWarning",
+    "SaveFrequency",
     "SaveHandle",
     "SaveStats",
     "StepsaveError",
@@ -67,6 +69,7 @@ _HOMES = {
     "Backup": "stepsave.format.records",
     "BackupAndRestore": "stepsave.fit.callback",
     "Checkpointer": "stepsave.engine.checkpointer",
+    "SaveFrequency": "stepsave.engine.frequency",
     "SaveHandle": "stepsave.engine.saves",
     "SaveStats": "stepsave.format.records",
     "TrainingPosition": "stepsave.position",

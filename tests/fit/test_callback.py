@@ -48,6 +48,8 @@ def test_the_signature_is_that_of_the_readme():
         ("delete_checkpoint", True),
     ]
     assert {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY} == {
+        "max_overhead": 0.01,
+        "mtbf_s": None,
         "double_checkpoint": False,
         "resume": "batch",
         "history": "new",
@@ -235,7 +237,7 @@ def test_ends_told_out_of_order_do_not_lose_a_batch(backup_dir):
     go_on.set()
     last.join()
     late.join()
-    assert max(callback._ended) == STEPS
+    assert callback._progress.told_ended == STEPS
 
 
 # Asynchronous dispatch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = (
     "check_step",
     "check_threads",
     "encode_training",
+    "parse_time_s",
 )
 
 
@@ -38,6 +40,17 @@ def check_choices(**given: object) -> None:
                 f"Invalid value for argument `{name}`. Received: {name}={value!r}. Expected "
                 f"{expected}."
             )
+
+
+_UNITS_S = {"s": 1, "min": 60, "h": 3600}
+
+
+def parse_time_s(text: object) -> float | None:
+    """Returns the seconds of a time such as `"30s"`, `"5min"` or `"1.5h"`; None if it is none."""
+    form = r"(\d+(?:\.\d+)?) ?(s|min|h)"
+    if isinstance(text, str) and (match := re.fullmatch(form, text, re.ASCII)) is not None:
+        return float(match[1]) * _UNITS_S[match[2]]
+    return None
 
 
 def check_threads(count: object) -> int:

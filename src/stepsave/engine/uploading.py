@@ -5,11 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import queue
-import re
 import time
 from collections.abc import Callable
 
 from stepsave.engine.agreement import SkippedError
+from stepsave.engine.arguments import parse_time_s
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.reader import read_files, read_shard
 from stepsave.engine.saves import SaveLog
@@ -27,8 +27,6 @@ __all__ = ("LoneUpload", "Upload", "UploadPace", "Uploader", "copy_shards")
 
 _LANES = 4
 """Shards under way at a time: enough for a usual network, and each takes a buffer of its size."""
-
-_UNITS_S = {"s": 1, "min": 60, "h": 3600}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,9 +50,9 @@ class UploadPace:
         """
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return cls(value, 0.0)
-        form = r"(\d+(?:\.\d+)?) ?(s|min|h)"
-        if isinstance(value, str) and (match := re.fullmatch(form, value)) is not None:
-            return cls(1, float(match[1]) * _UNITS_S[match[2]])
+        seconds = parse_time_s(value)
+        if seconds is not None:
+            return cls(1, seconds)
         raise ValueError(
             f"Invalid value for argument `upload_every`. Received: upload_every={value!r}. "
             "Expected a positive number of saves, or a time such as '30s', '5min' or '1h'."

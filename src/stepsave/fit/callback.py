@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,18 +14,18 @@ import keras
 
 from stepsave.engine.arguments import check_choices, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
+from stepsave.engine.frequency import MAX_OVERHEAD, check_auto
 from stepsave.engine.opening import Place
-from stepsave.errors import DirectoryBusyError
 from stepsave.fit import keras_internals
 from stepsave.fit.companions import Companions, Start
 from stepsave.fit.copies import FreshCopies
-from stepsave.fit.keras_internals import RunningFit, is_in_fit
+from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.keras_names import KerasFiles
 from stepsave.fit.loop import FitLoop, forget_interrupted
-from stepsave.fit.open_directories import close_directory, take_directory
+from stepsave.fit.open_directories import check_kept, close_directory, take_directory
 from stepsave.fit.passing_over import tell
 from stepsave.fit.phases import Phases
-from stepsave.fit.preemption import NO_SIGNALS, PreemptionSignals, check_signals
+from stepsave.fit.preemption import PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq, steps_of
 from stepsave.fit.resuming import Resuming
 from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit
@@ -36,12 +35,6 @@ from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.places import Target, name_of
 
 __all__ = ("BackupAndRestore",)
-
-# Neither the data nor the end of such a `fit` is known: signals would go astray after it.
-_UNKNOWN_FIT = (
-    "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head of "
-    'an epoch (`resume="epoch"` says that this is meant), and no signals are handled.'
-)
 
 
 class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
@@ -69,6 +62,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         save_freq: str | int = "epoch",
         delete_checkpoint: bool = True,
         *,
+        max_overhead: float = MAX_OVERHEAD,
+        mtbf_s: float | None = None,
         double_checkpoint: bool = False,
         resume: Literal["batch", "epoch"] = "batch",
         history: Literal["new", "all"] = "new",
@@ -87,10 +82,14 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         Args:
             backup_dir: Directory for the backup, its own: nothing else may be in it. Or a bucket:
                 `s3://bucket/prefix`, `gs://bucket/prefix`; see `Checkpointer`.
-            save_freq: `"epoch"` to save when an epoch ends, or a number of batches. Batches
-                are counted exactly, across epochs and with `steps_per_execution`. `False`,
+            save_freq: `"epoch"` to save when an epoch ends; a number of batches, which are counted
+                exactly, across epochs and with `steps_per_execution`; a time, such as `"30s"` or
+                `"5min"`; `"auto"` for as often as the disk and `max_overhead` allow. `False`,
                 with `save_before_preemption`, to save only then.
             delete_checkpoint: Whether to remove the backup when `fit` has completed.
+            max_overhead: With `"auto"`, the share of the time that saves may cost.
+            mtbf_s: With `"auto"`, the mean time between failures, if known: then no more often than
+                pays; see `SaveFrequency`.
             double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
             resume: `"batch"` to go on at the batch after the backup, with data, random generators,
                 metrics and callbacks as they were; `"epoch"` to repeat the epoch, as Keras does.
@@ -118,7 +117,9 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             raise ValueError("Empty `backup_dir` argument passed")
         Place.of(backup_dir, local_dir, upload_every, read_only=False)  # what is wrong, says so now
         self._target, self.backup_dir = backup_dir, name_of(backup_dir)
+        check_auto(save_freq, max_overhead, mtbf_s)
         self.save_freq = check_save_freq(save_freq, may_be_false=save_before_preemption)
+        self.max_overhead, self.mtbf_s = max_overhead, mtbf_s
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
         check_choices(resume=resume, history=history, when_busy=when_busy, snapshot=snapshot)
@@ -153,18 +154,20 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._phases: Phases | None = None
         self._start: Start | None = None
         self._restored: RestoredFit | None = None
-        self._progress = Progress(self.save_freq if type(self.save_freq) is int else None)
+        self._progress = Progress(self.save_freq, self.max_overhead, self.mtbf_s)
         self._in_epoch = False
         self._saved_step = 0
-        self._batch_begun = 0
-        # As told, perhaps from several of Keras's dispatch threads, which come in any order.
-        self._ended: collections.deque[int] = collections.deque([0], maxlen=1000)
         self._end: Cut | None = None  # of the epoch's batches
         self._before_validation: BeforeValidation | None = None
 
     def stats(self) -> SaveStats | None:
         """What saving has cost in this fit, or the last one; None before the first."""
         return self._last_stats if self._saver is None else self._saver.stats()
+
+    @property
+    def frequency(self) -> str:
+        """What `save_freq="auto"` has chosen, and why, in one line; empty if it was not asked."""
+        return self._progress.frequency.text
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Restores the last committed backup, if there is one."""
@@ -175,7 +178,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         forget_interrupted(model, fit, self)
         exact = self.resume == "batch"
         if fit is None and (exact or self.save_before_preemption):
-            warnings.warn(_UNKNOWN_FIT, stacklevel=2)
+            keras_internals.warn_of_unknown_fit()
         self._companions, self._phases = Companions.of(fit, self), Phases(self.backup_dir, model)
         if fit is not None and exact:
             self._loop = FitLoop.of(fit, model, self)
@@ -188,6 +191,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._loop.warn_of_doubts()
         if keras_internals.is_built(model):
             self._state.prepare(saver)
+        self._progress.begin_fit(functools.partial(self._state.wait_computed, saver))
         if fit is not None and self.save_before_preemption:
             self._expect_signals(fit, model)
 
@@ -209,6 +213,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._signals.remove()
         if self._loop is not None:
             self._loop.stop()
+        self._progress.frequency.close()
         saver = self._saver
         if saver is None or saver.closed:
             return
@@ -230,7 +235,6 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._progress.go_on_at(self._start.batch)
         self._start = self._restored = None
         self._in_epoch = True
-        self._ended, self._batch_begun = collections.deque([0], maxlen=1000), 0
         self._end = None
         if self._state is not None:
             self._state.begin_epoch()
@@ -243,7 +247,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def after_epoch_end(self, epoch: int) -> None:
         """Called when all callbacks know that the epoch has ended; they have changed the rate."""
-        self._progress.advance(max(self._ended))  # it may have been stopped within
+        self._progress.advance(self._progress.told_ended)  # it may have been stopped within
         self._in_epoch = False
         if self.save_freq == "epoch" or self._progress.save_is_due:
             self._save(epoch + 1, 0)
@@ -255,10 +259,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         assert self._saver is not None
         self._saver.raise_failed(but_for_outages=True)
         self._last_batch_seen = batches_done - 1
+        self._advance_and_save(batches_done)
         progress = self._progress
-        progress.advance(batches_done)
-        if progress.save_is_due:
-            self._save(progress.epoch, progress.batches_done)
         if self._signals is not None:
             self._end_if_preempted(progress.epoch, progress.batches_done)
             if progress.batches_done == progress.steps and self._loop is not None:
@@ -272,7 +274,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         # Called by the thread of `fit` between two steps: where to save with asynchronous dispatch.
         if self._loop is not None:
             return
-        self._batch_begun = batch
+        self._progress.begin_batch(batch)
         if self._saver is not None:
             self._saver.raise_failed(but_for_outages=True)
         if batch > self._progress.batches_done:
@@ -281,7 +283,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._end_if_preempted(self._progress.epoch, self._progress.batches_done)
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._ended.append(batch + 1)  # one step, and no lock: see `stepsave.threads`
+        self._progress.end_batch(batch)
         if self._loop is not None or threading.get_ident() != self._fit_thread:
             return  # dispatched asynchronously: the next step may already be running
         self._last_batch_seen = batch
@@ -293,19 +295,18 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         # Validation inside `fit`: a save due after the last batch is made before it, so
         # that an interruption of the validation does not lose it.
         if self._loop is None:
-            # Dispatch threads may not have told of the last batch yet; only one is certain.
-            single = self._trained_model().steps_per_execution == 1
-            self._advance_and_save(max(*self._ended, self._batch_begun + 1 if single else 0))
+            self._advance_and_save(self._progress.certainly_ended(self._trained_model()))
         elif self._signals is not None:
             # A callback may have ended the epoch within; then there was no cut.
             keras_internals.flush(self._loop.callbacks)
-            self._progress.advance(max(self._ended))
+            self._progress.advance(self._progress.told_ended)
             # Where Keras learns the length by reading on, nothing was begun after the last batch.
             end = self._end or Cut.take(self._loop)
             self._before_validation = BeforeValidation.take(self._trained_model(), end)
         if self._saver is not None and not self._saver.closed:
             # It may need more than a step did, when it was decided that there is room for a copy.
             self._saver.free_device_memory()
+            self._progress.frequency.pause()
 
     def on_test_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self._in_epoch:
@@ -313,6 +314,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self._before_validation = None
+        self._progress.frequency.go_on()
 
     def _advance_and_save(self, batches_done: int) -> None:
         self._progress.advance(batches_done)
@@ -323,24 +325,24 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         began_s = time.perf_counter()
         progress = self._progress
         progress.save_is_due = False
-        saver, state = self._saver, self._state
-        if saver is None or saver.closed or state is None:
-            raise DirectoryBusyError(
-                f"{self.backup_dir}: another callback of this process has taken this backup "
-                "directory over. Give each its own directory."
-            )
+        saver, state = check_kept(self._saver, self.backup_dir), self._state
+        assert state is not None
         if progress.global_step <= self._saved_step:
             return  # an epoch without batches: this state is saved already
         position = TrainingPosition(progress.global_step, epoch, batch, progress.steps)
         before = self._before_validation
+        progress.frequency.settle()
         metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
+        progress.frequency.note(handle)
         text = "backup skipped, the disk is still busy"
         if not handle.skipped:
             self._saved_step = position.global_step
             text = f"saving backup of step {self._saved_step} to {self.backup_dir}"
         if not handle.by_another:
             self._tell(f"Epoch {progress.epoch + 1}: {text}")
+        if news := progress.frequency.news():
+            self._tell(news)
 
     def _end_if_preempted(self, epoch: int, batch: int) -> None:
         signals, saver = self._signals, self._saver
@@ -354,12 +356,10 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
     def _expect_signals(self, fit: RunningFit, model: Any) -> None:
         if self._signals is not None:
             self._signals.remove()  # of a fit that raised
-        signals = self._companions.signals(lambda: PreemptionSignals(is_in_fit(fit, model)))
-        weakref.finalize(self, signals.remove).atexit = False
-        self._signals = signals  # before, so that an interruption leaves it to the next `fit`
-        if not signals.install(self.preemption_signals, self):
+        # Before they are installed, so that an interruption leaves them to the next `fit`.
+        self._signals = self._companions.signals(fit, model)
+        if not self._signals.install(self.preemption_signals, self):
             self._signals = None
-            warnings.warn(NO_SIGNALS, stacklevel=3)
 
     def _siblings(self) -> list[Any]:
         return [] if self._loop is None else self._loop.callbacks_but(self)

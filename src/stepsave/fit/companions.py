@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from stepsave.fit.keras_internals import RunningFit
+from stepsave.fit.keras_internals import RunningFit, is_in_fit
 from stepsave.fit.preemption import PreemptionSignals
 
 __all__ = ("Companions", "Start")
@@ -73,8 +72,8 @@ class Companions:
                 member.forget_restored()
                 member.begin_at(start)
 
-    def signals(self, make: Callable[[], PreemptionSignals]) -> PreemptionSignals:
-        """The handlers of signals that they share."""
+    def signals(self, fit: RunningFit, model: Any) -> PreemptionSignals:
+        """The handlers of signals that they share, not installed yet."""
         if self._signals is None:
-            self._signals = make()
+            self._signals = PreemptionSignals(is_in_fit(fit, model))
         return self._signals

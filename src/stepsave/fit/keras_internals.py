@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from types import FrameType
@@ -185,6 +186,16 @@ def find_fit(model: Any) -> RunningFit | None:
             return RunningFit(iterator, callbacks, frame.f_code)
         frame = frame.f_back
     return None
+
+
+def warn_of_unknown_fit() -> None:
+    """Warns, for a callback, that `find_fit` has found nothing, and what that means."""
+    # Neither the data nor the end of such a `fit` is known: signals would go astray after it.
+    warnings.warn(
+        "This `fit` is not Keras's, or Keras has changed: training can only be resumed at the head "
+        'of an epoch (`resume="epoch"` says that this is meant), and no signals are handled.',
+        stacklevel=3,
+    )
 
 
 def is_in_fit(fit: RunningFit, model: Any) -> Callable[[FrameType | None], bool]:

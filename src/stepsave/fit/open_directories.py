@@ -7,10 +7,10 @@ import weakref
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
-from stepsave.errors import BucketError, SaveFailedError, SaveFailedWarning
+from stepsave.errors import BucketError, DirectoryBusyError, SaveFailedError, SaveFailedWarning
 from stepsave.store.places import Target, open_store
 
-__all__ = ("close_directory", "take_directory")
+__all__ = ("check_kept", "close_directory", "take_directory")
 
 # What callbacks have open, by directory. A notebook that was interrupted and makes a new
 # callback for the same directory must not be refused because of the old one.
@@ -40,6 +40,20 @@ def take_directory(
         other.close()  # of a fit that was interrupted, or it would have closed it itself
     saver = _savers[key] = Checkpointer(directory, **options)
     return saver, weakref.finalize(callback, saver.close)
+
+
+def check_kept(saver: Checkpointer | None, directory: str) -> Checkpointer:
+    """Returns what a callback has open, unless it has lost it to another one.
+
+    Raises:
+        DirectoryBusyError: If it has.
+    """
+    if saver is None or saver.closed:
+        raise DirectoryBusyError(
+            f"{directory}: another callback of this process has taken this backup directory over. "
+            "Give each its own directory."
+        )
+    return saver
 
 
 def close_directory(

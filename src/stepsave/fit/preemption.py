@@ -6,6 +6,8 @@ import logging
 import signal
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -14,9 +16,9 @@ from stepsave.engine.peers import Board, find_peers
 from stepsave.errors import Preempted
 from stepsave.fit.stopping import StopAgreement
 
-__all__ = ("NO_SIGNALS", "PreemptionSignals", "check_signals")
+__all__ = ("PreemptionSignals", "check_signals")
 
-NO_SIGNALS = (
+_NO_SIGNALS = (
     "Signals are not handled: `fit` does not run on the main thread, where alone Python can. None "
     "will end it with a save (`save_before_preemption`). Call `fit` on the main thread."
 )
@@ -74,13 +76,16 @@ class PreemptionSignals:
         self._agreement: StopAgreement | None = None  # if there are several processes
 
     def install(self, signals: Sequence[signal.Signals], saver: Any) -> bool:
-        """Installs handlers; returns False off the main thread, where nobody can.
+        """Installs handlers; returns False, with a warning, off the main thread: nobody can there.
 
         Args:
             signals: The signals, beside those that are handled already.
-            saver: Who is to save before the end, beside those who are already.
+            saver: Who is to save before the end, beside those who are already. When it is collected
+                they are removed.
         """
+        weakref.finalize(saver, self.remove).atexit = False
         if threading.current_thread() is not threading.main_thread():
+            warnings.warn(_NO_SIGNALS, stacklevel=4)
             return False
         peers = find_peers()
         if peers is not None and self._agreement is None:

@@ -37,6 +37,7 @@ from stepsave.format.packing import pack, unpack
 from stepsave.format.tree import unflatten
 from stepsave.position import TrainingPosition
 from stepsave.rng import RngState
+from stepsave.snapshot.arrays import wait_computed
 
 __all__ = ("BeforeValidation", "Cut", "FitState", "RestoredFit", "restore_fit")
 
@@ -113,6 +114,10 @@ class FitState:
         paths, leaves = self._leaves(saver, (), None)
         self._variables_checked = False
         saver.prepare_leaves(paths, leaves)
+
+    def wait_computed(self, saver: Checkpointer) -> None:
+        """Returns when the steps that were dispatched have been computed."""
+        wait_computed(self._collect(saver).values())
 
     def contents(
         self,

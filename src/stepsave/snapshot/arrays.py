@@ -30,6 +30,7 @@ __all__ = (
     "dtype_name",
     "unwrap",
     "view_on_host",
+    "wait_computed",
 )
 
 HostArray = np.ndarray[Any, Any]
@@ -257,3 +258,11 @@ def _find_backend(leaf: Any) -> str:
         if backend is not None and backend != "keras":
             return backend
     return ""
+
+
+def wait_computed(leaves: Sequence[Any]) -> None:
+    """Returns when the arrays have their values: what computes them may only be under way."""
+    leaves = unwrap(leaves)
+    for kind in backends_of(leaves) - {"numpy", ""}:
+        some = [leaf for leaf in leaves if backend_of(leaf) == kind]
+        importlib.import_module(f"stepsave.snapshot.{kind}").wait_computed(some)

@@ -47,6 +47,7 @@ __all__ = (
     "open_leaf",
     "signature",
     "view_on_host",
+    "wait_computed",
     "wrap_key",
     "write_over",
 )
@@ -63,6 +64,11 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
             _check(leaf)
             leaf.copy_to_host_async()
     return [np.asarray(leaf) for leaf in leaves]
+
+
+def wait_computed(leaves: Sequence[Any]) -> None:
+    """Returns when the computations that the arrays come from have ended."""
+    jax.block_until_ready(leaves)
 
 
 _plain_dtypes: set[Any] = set()

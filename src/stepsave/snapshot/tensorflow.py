@@ -23,6 +23,7 @@ __all__ = (
     "make_stage",
     "signature",
     "view_on_host",
+    "wait_computed",
 )
 
 
@@ -33,6 +34,12 @@ def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     while it is held: TensorFlow copies a variable whose value is shared before it assigns.
     """
     return [_view(leaf) for leaf in leaves]
+
+
+def wait_computed(leaves: Sequence[Any]) -> None:
+    """Returns when all that was begun on GPUs has ended; on the CPU it has."""
+    if is_on_accelerator(leaves):
+        tf.test.experimental.sync_devices()
 
 
 def _value(leaf: Any) -> Any:

@@ -29,6 +29,7 @@ __all__ = (
     "overwrite",
     "signature",
     "view_on_host",
+    "wait_computed",
 )
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -53,6 +54,12 @@ _BITS = {
 def view_on_host(leaves: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Returns tensors as NumPy arrays; CPU tensors share their memory."""
     return [_view_plain(leaf) for leaf in leaves]
+
+
+def wait_computed(leaves: Sequence[Any]) -> None:
+    """Returns when all that was begun on their devices has ended; on the CPU it has."""
+    for device in {leaf.device for leaf in leaves if leaf.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _view_plain(leaf: Any) -> np.ndarray[Any, Any]:
