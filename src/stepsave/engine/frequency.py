@@ -204,7 +204,10 @@ class _Auto(_Timed):
         if step < self._due_step:
             return False
         # None is begun before the last one is durable: it would wait for it, or be skipped.
-        return self._handle is None or self._handle.done
+        if self._handle is None or self._handle.done:
+            return True
+        self._wait()  # or a host that runs ahead would be far beyond the step until it is
+        return self._handle.done
 
     def note(self, handle: SaveHandle) -> None:
         began_s, waited_s = self._take_begin(handle)
