@@ -1,6 +1,7 @@
 """When to save, in trainings that are simulated: nothing here looks at a real clock."""
 
 import dataclasses
+import itertools
 import math
 import random
 import statistics
@@ -104,7 +105,7 @@ class Training:
 
     def gaps(self, first=0):
         steps = [step for step, _ in self.saves[first:]]
-        return [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(steps)]
 
     def share(self, first):
         """Which share of the time of training saves have cost, from the n-th save on."""
@@ -316,7 +317,7 @@ def test_a_save_is_due_at_the_first_cut_at_which_the_time_has_passed(validation_
     begun_s = training.now_s
     training.run(training.frequency("30s"), 2000)
     cuts = [begun_s] + [began_s for _, began_s in training.saves]
-    apart_s = [after - before for before, after in zip(cuts, cuts[1:], strict=False)]
+    apart_s = [after - before for before, after in itertools.pairwise(cuts)]
     assert min(apart_s) >= 30
     # The step at whose end it is seen, and the validation that may lie before it.
     longest_s = 30 + 0.71 + validation_s
@@ -337,7 +338,7 @@ def test_by_time_a_training_that_runs_ahead_is_waited_for_now_and_then():
     times_s = [began_s for _, began_s in training.saves]
     apart_s = np.diff(times_s)
     # An epoch is dispatched in a second here: its clock would say that nothing is due.
-    assert 30 <= min(apart_s)
+    assert min(apart_s) >= 30
     assert max(apart_s) <= 31
     assert len(times_s) >= 20_000 * 0.05 / 31 - 1
 

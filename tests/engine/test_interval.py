@@ -1,5 +1,6 @@
 """How often to save, by what saves cost: arithmetic."""
 
+import itertools
 import math
 import random
 
@@ -79,7 +80,7 @@ def test_failures_decide_where_they_are_so_rare_that_less_would_do(mtbf_s, expec
 def test_a_choice_changes_by_a_factor_of_two_at_most():
     interval = Interval(0.01, None)
     chosen = learn(interval, [0.02] * 12 + [2.0] * 30 + [0.02] * 30)[3:]
-    changes = [after / before for before, after in zip(chosen, chosen[1:], strict=False)]
+    changes = [after / before for before, after in itertools.pairwise(chosen)]
     assert max(changes) <= 2
     assert min(changes) >= 0.5
     assert chosen[35] == pytest.approx(240, rel=0.7)
