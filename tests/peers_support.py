@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+from stepsave.engine.peers import Peers
 
 TESTS = Path(__file__).parent
 
@@ -33,6 +36,32 @@ def free_ports(count):
                 probe = stack.enter_context(socket.socket())
                 probe.bind(("127.0.0.1", first + number))
             return first
+
+
+class Service:
+    """Keys and values, as frameworks have them: for processes played by threads of this one."""
+
+    def __init__(self, delay_s=0.0):
+        self.values = {}
+        self.changed = threading.Condition()
+        self.delay_s = delay_s
+
+    def peers(self, rank, count):
+        peek, forget = self.values.get, self.values.pop
+        return Peers(rank, count, "nobody", self.say, self.hear, peek, forget=forget)
+
+    def say(self, key, value):
+        time.sleep(self.delay_s)
+        with self.changed:
+            assert key not in self.values, f"{key} was said already"
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def hear(self, key, limit_s):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, limit_s):
+                raise TimeoutError(key)
+        return self.values[key]
 
 
 class Processes:

@@ -176,6 +176,36 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(tmp_path):
     assert stepsave.restore(place).step == made[1] < 400
 
 
+@pytest.mark.parametrize("save_freq", ["'0.3s'", "'auto', max_overhead=0.5"])
+def test_by_time_all_save_the_same_steps(save_freq, tmp_path):
+    code = CODE.replace("epochs=3", "epochs=20").replace(
+        "place, 1, delete", f"place, {save_freq}, delete"
+    )
+    code = code.replace(
+        "import stepsave\n",
+        """
+import stepsave
+from stepsave.engine import agreed_frequency
+agreed_frequency._APART_S, agreed_frequency._AHEAD_S = 0.2, 0.1  # the training is short
+real = stepsave.Checkpointer.save_leaves
+def save_leaves(self, step, *args, **kwargs):
+    print("saves", step, flush=True)
+    return real(self, step, *args, **kwargs)
+stepsave.Checkpointer.save_leaves = save_leaves
+""",
+    )
+    code += "print(backup.stats().committed, backup.stats().failed, backup.stats().skipped)"
+    with Processes(code, tmp_path / "backup", 0.02, environment=environment) as processes:
+        first, second = processes.results()
+    assert first[-1] == second[-1]
+    committed, failed, skipped = map(int, first[-1].split())
+    assert committed >= 3
+    assert failed == skipped == 0
+    steps = [[line for line in lines if line.startswith("saves")] for lines in (first, second)]
+    assert steps[0] == steps[1]
+    assert steps[0][-1] == f"saves {stepsave.restore(tmp_path / 'backup').step}"
+
+
 RNG = (
     CODE.replace(
         "class Tell(keras.callbacks.Callback):",

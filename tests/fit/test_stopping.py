@@ -6,38 +6,14 @@ import threading
 import time
 
 import pytest
+from peers_support import Service
 
 import stepsave
-from stepsave.engine.peers import Board, Peers
+from stepsave.engine.peers import Board
 from stepsave.fit import stopping
 from stepsave.fit.stopping import StopAgreement
 
 pytestmark = pytest.mark.once
-
-
-class Service:
-    """Keys and values, as frameworks have them."""
-
-    def __init__(self, delay_s=0.0):
-        self.values = {}
-        self.changed = threading.Condition()
-        self.delay_s = delay_s
-
-    def peers(self, rank, count):
-        return Peers(rank, count, "nobody", self.say, self.hear, self.values.get)
-
-    def say(self, key, value):
-        time.sleep(self.delay_s)
-        with self.changed:
-            assert key not in self.values, f"{key} was said already"
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def hear(self, key, limit_s):
-        with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, limit_s):
-                raise TimeoutError(key)
-        return self.values[key]
 
 
 def train(service, rank, count, barrier, told_at, ends, *, steps=400, run_ahead=0, execution=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -191,7 +190,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._loop.warn_of_doubts()
         if keras_internals.is_built(model):
             self._state.prepare(saver)
-        self._progress.begin_fit(functools.partial(self._state.wait_computed, saver))
+        self._progress.begin_fit(saver, self._state.wait_computed)
         if fit is not None and self.save_before_preemption:
             self._expect_signals(fit, model)
 
@@ -358,6 +357,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._signals.remove()  # of a fit that raised
         # Before they are installed, so that an interruption leaves them to the next `fit`.
         self._signals = self._companions.signals(fit, model)
+        weakref.finalize(self, self._signals.remove).atexit = False
         if not self._signals.install(self.preemption_signals, self):
             self._signals = None
 

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -80,10 +79,8 @@ class PreemptionSignals:
 
         Args:
             signals: The signals, beside those that are handled already.
-            saver: Who is to save before the end, beside those who are already. When it is collected
-                they are removed.
+            saver: Who is to save before the end, beside those who are already.
         """
-        weakref.finalize(saver, self.remove).atexit = False
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(_NO_SIGNALS, stacklevel=4)
             return False

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import collections
+import functools
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from stepsave.engine.agreed_frequency import AgreedFrequency
 from stepsave.engine.arguments import parse_time_s
+from stepsave.engine.checkpointer import Checkpointer
 from stepsave.engine.frequency import SaveFrequency
+from stepsave.engine.peers import Board, find_peers
 
 __all__ = ("Progress", "check_save_freq", "steps_of")
 
@@ -95,17 +99,23 @@ class Progress:
         # As told, perhaps from several of Keras's dispatch threads, which come in any order.
         self._ended: collections.deque[int] = collections.deque([0], maxlen=_ENDED)
 
-    def begin_fit(self, wait: Callable[[], object]) -> None:
+    def begin_fit(self, saver: Checkpointer, computed: Callable[[Checkpointer], object]) -> None:
         """Takes note that training begins, by which time saves may be due.
 
         Args:
-            wait: Returns when the steps so far have been computed.
+            saver: Who saves.
+            computed: Returns when the steps so far have been computed.
         """
         every, max_overhead, mtbf_s = self._timed
-        if every is not None:
-            self.frequency = SaveFrequency.of(
-                every, max_overhead=max_overhead, mtbf_s=mtbf_s, wait=wait
-            )
+        if every is None:
+            return
+        wait = functools.partial(computed, saver)
+        frequency = SaveFrequency.of(every, max_overhead=max_overhead, mtbf_s=mtbf_s, wait=wait)
+        peers = find_peers()
+        if peers is not None:
+            board = Board(peers, f"frequency of {saver.directory}")
+            frequency = AgreedFrequency(frequency, board, self.global_step, wait)
+        self.frequency = frequency
 
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         self.epoch = epoch
