@@ -165,7 +165,8 @@ def change_json(directory, path, change):
 
 def run_python(script, *args, timeout=90, prefix=(), **options):
     """Runs a script in a fresh interpreter with the warnings of the test run."""
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    paths = filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [*prefix, sys.executable, "-c", script, *map(str, args)],
         capture_output=True,

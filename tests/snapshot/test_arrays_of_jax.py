@@ -8,7 +8,7 @@ from engine_support import assert_same_bits, random_array, restore_once, save_on
 import stepsave
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
-from stepsave.snapshot.arrays import view_on_host
+from stepsave.snapshot.arrays import view_on_host, wait_computed
 
 WIDE = {"int64", "uint64", "float64", "complex128"}  # need JAX's x64 mode
 DTYPE_NAMES = [name for name in DTYPES if name not in WIDE and hasattr(jnp, name)] + ["bool"]
@@ -29,6 +29,16 @@ def test_arrays_on_the_cpu_are_not_copied():
     array = jnp.arange(1000.0)
     view = view_on_host([("a",)], [array])[0]
     assert view.ctypes.data == array.unsafe_buffer_pointer()
+
+
+def test_arrays_that_are_being_computed_can_be_waited_for():
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x)
+
+    array = slow(jnp.full((200, 200), 1e-2))
+    wait_computed([array, np.zeros(3), 1.0])
+    assert array.is_ready()
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):

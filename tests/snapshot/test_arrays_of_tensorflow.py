@@ -14,6 +14,24 @@ directory = sys.argv[1]
 """
 
 
+def test_what_is_on_the_cpu_is_computed_already():
+    check_python(
+        HEAD
+        + """
+from stepsave.snapshot.arrays import wait_computed
+from stepsave.snapshot import tensorflow
+waited = []
+tf.test.experimental.sync_devices = lambda: waited.append(True)
+wait_computed([tf.zeros(3), tf.Variable([1.0])])
+assert not waited
+tensorflow.is_on_accelerator = lambda leaves: True
+wait_computed([tf.zeros(3)])
+assert waited
+""",
+        "",
+    )
+
+
 def test_every_dtype_comes_back_bit_for_bit(tmp_path):
     printed = check_python(
         HEAD

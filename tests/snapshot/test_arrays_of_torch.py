@@ -6,7 +6,7 @@ from engine_support import assert_same_bits, random_array, restore_once, save_on
 import stepsave
 from stepsave.errors import InvalidStateError
 from stepsave.format.records import DTYPES
-from stepsave.snapshot.arrays import view_on_host
+from stepsave.snapshot.arrays import view_on_host, wait_computed
 
 DTYPE_NAMES = [name for name in DTYPES if isinstance(getattr(torch, name, None), torch.dtype)]
 PLACEHOLDERS = {"int2", "int4"}  # torch has the names, but no tensors of them
@@ -19,6 +19,20 @@ def to_torch(array):
         return torch.from_numpy(array.copy())
     raw = torch.from_numpy(array.view(bits[array.itemsize]).copy())
     return raw.view(getattr(torch, name))
+
+
+def test_what_is_on_the_cpu_is_computed_already_and_devices_are_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    wait_computed([torch.zeros(3), np.zeros(3)])
+    assert waited == []
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    wait_computed([torch.zeros(3), *(torch.zeros(3).as_subclass(OnDevice) for _ in range(2))])
+    assert waited == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPE_NAMES if name not in PLACEHOLDERS])
