@@ -87,6 +87,15 @@ def test_all_save_the_same_steps_as_process_0_says(options):
     assert [one.asked for one in own[1:]] == [[]] * (len(saved) - 1)
 
 
+def test_decisions_are_made_apart_and_followed_later(monkeypatch):
+    monkeypatch.setattr(AgreedFrequency, "_measure", lambda *_: 0.004)  # five steps in 0.02 s
+    saved, own, service = play(count=2, steps=100)
+    assert own[0].asked == [1, 6, *range(16, 100, 10)]
+    # Due at 16 for the first time, as ten steps have been made; what is decided then is done at 21.
+    assert saved[0] == saved[1] == [*range(21, 101, 10)]
+    assert len(service.values) == len(own[0].asked)
+
+
 def test_old_decisions_are_forgotten(monkeypatch):
     monkeypatch.setattr(agreed_frequency, "_KEPT", 5)
     monkeypatch.setattr(agreed_frequency, "_APART_S", 0.0)

@@ -171,7 +171,6 @@ class _EveryTime(_Timed):
     def note(self, handle: SaveHandle) -> None:
         """Counts from the begin of the save, also if it was skipped."""
         self._begun_s, _ = self._take_begin(handle)
-        self._look_step, self._seen = 0, None
 
 
 class _Auto(_Timed):
