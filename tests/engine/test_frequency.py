@@ -80,7 +80,6 @@ class Training:
     def _save(self, frequency, step):
         number = len(self.saves)
         called_s = self.now_s
-        frequency.settle()
         self.wait()
         self.collisions += len(self._flying)
         self.saves.append((step, self.now_s))
@@ -351,6 +350,22 @@ def test_between_two_looks_at_the_clock_a_training_that_runs_ahead_is_not_held_u
     )
     training.run(frequency, 20_000)
     assert len(waits) <= 12 * len(training.saves)
+
+
+@pytest.mark.parametrize("every", ["30s", "auto"])
+def test_a_save_that_is_made_for_another_reason_counts_too(every):
+    training = Training()
+    training.run(frequency := training.frequency(every), 3000)
+    last = SaveHandle(3000)
+    last.end(0.1, None)
+    assert not frequency.is_due(3000)
+    training.now_s += 1000.0
+    frequency.note(last)
+    assert not frequency.is_due(3001)
+    training.now_s += 29.0
+    assert not frequency.is_due(3002)
+    training.now_s += 2.0
+    assert frequency.is_due(3003) == (every == "30s")
 
 
 def test_without_a_choice_there_is_nothing_to_tell():

@@ -81,6 +81,8 @@ class AgreedFrequency(SaveFrequency):
         told = self._decision.take()
         self._number, self._decision = self._number + 1, None
         self._point, self._follow = told["point"], told["follow"]
+        if told["save"]:
+            self.settle()
         return told["save"]
 
     def _begin(self, step: int) -> Call[dict[str, Any]]:

@@ -96,7 +96,7 @@ class SaveFrequency:
         return False
 
     def settle(self) -> None:
-        """Takes note that a save begins. Where the state is at hand, `note` alone is enough."""
+        """Waits until the steps so far are computed, so that a save does not. `is_due` does it."""
 
     def note(self, handle: SaveHandle) -> None:
         """Takes note of a save, when the call of it has returned."""
@@ -126,18 +126,21 @@ class _Timed(SaveFrequency):
     def __init__(self, wait: Callable[[], object], clock: Clock) -> None:
         self._wait = wait
         self._clock = clock
-        self._settled_s: tuple[float, float] | None = None
+        self._settled_s: float | None = None
 
     def settle(self) -> None:
-        before_s = self._clock()
         self._wait()
-        now_s = self._clock()
-        self._settled_s = now_s, now_s - before_s
+        self._settled_s = self._clock()
 
-    def _take_begin(self, handle: SaveHandle) -> tuple[float, float]:
-        """When a save began that was called just now, and how long it waited for steps."""
-        begin, self._settled_s = self._settled_s, None
-        return begin or (self._clock() - handle.stall_s, 0.0)
+    def _begin_if(self, *, is_due: bool) -> bool:
+        if not is_due:
+            self._settled_s = None  # one that comes later begins later
+        return is_due
+
+    def _take_begin(self, handle: SaveHandle) -> float:
+        """When a save began that was called just now."""
+        begin_s, self._settled_s = self._settled_s, None
+        return self._clock() - handle.stall_s if begin_s is None else begin_s
 
 
 class _EveryTime(_Timed):
@@ -151,15 +154,13 @@ class _EveryTime(_Timed):
         self._seen: tuple[int, float] | None = None  # a step, and when it was computed
 
     def is_due(self, step: int) -> bool:
-        now_s = self._clock()
-        if now_s - self._begun_s >= self._every_s:
-            return True
-        if self._wait is _nothing or step < self._look_step:
+        has_passed = self._clock() - self._begun_s >= self._every_s
+        if not has_passed and (self._wait is _nothing or step < self._look_step):
             return False
-        self._wait()
-        now_s = self._clock()
-        self._look_step = step + self._steps_left(step, now_s)
-        return now_s - self._begun_s >= self._every_s
+        self.settle()
+        assert self._settled_s is not None
+        self._look_step = step + self._steps_left(step, self._settled_s)
+        return self._begin_if(is_due=self._settled_s - self._begun_s >= self._every_s)
 
     def _steps_left(self, step: int, now_s: float) -> int:
         seen, self._seen = self._seen, (step, now_s)
@@ -170,7 +171,7 @@ class _EveryTime(_Timed):
 
     def note(self, handle: SaveHandle) -> None:
         """Counts from the begin of the save, also if it was skipped."""
-        self._begun_s, _ = self._take_begin(handle)
+        self._begun_s = self._take_begin(handle)
 
 
 class _Auto(_Timed):
@@ -202,20 +203,17 @@ class _Auto(_Timed):
             return False
         if step < self._due_step:
             return False
+        self.settle()
         # None is begun before the last one is durable: it would wait for it, or be skipped.
-        if self._handle is None or self._handle.done:
-            return True
-        self._wait()  # or a host that runs ahead would be far beyond the step until it is
-        return self._handle.done
+        return self._begin_if(is_due=self._handle is None or self._handle.done)
 
     def note(self, handle: SaveHandle) -> None:
-        began_s, waited_s = self._take_begin(handle)
-        step = handle.step
+        began_s, step = self._take_begin(handle), handle.step
         if not handle.skipped:
             self._end_lap(step, began_s)
             before, self._handle = self._handle, handle
-            cost_s = max(0.0, handle.stall_s - waited_s)
-            self._interval.learn(cost_s, None if before is None else before.durable_s)
+            durable_s = None if before is None else before.durable_s
+            self._interval.learn(handle.stall_s, durable_s)
             self._begin_lap(step, self._clock())
         self._due_step = step + self._steps
 

@@ -330,7 +330,6 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             return  # an epoch without batches: this state is saved already
         position = TrainingPosition(progress.global_step, epoch, batch, progress.steps)
         before = self._before_validation
-        progress.frequency.settle()
         metadata, paths, leaves = state.contents(saver, position, self._siblings(), before)
         handle = saver.save_leaves(position.global_step, paths, leaves, metadata, began_s=began_s)
         progress.frequency.note(handle)
