@@ -70,11 +70,26 @@ class BucketError(BackupDirectoryError):
 
 
 class CorruptBackupError(StepsaveError, ValueError):
-    """Raised when bytes on disk do not match what the backup says of itself."""
+    """Raised when bytes on disk do not match what the backup says of itself.
+
+    Attributes:
+        ADVICE: What to do, the same for whatever is damaged; each text ends with it.
+    """
+
+    ADVICE = (
+        "Nothing was deleted. Restore it from a copy, or move it away to start afresh; "
+        "`double_checkpoint=True` keeps a second backup for such a case."
+    )
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.ADVICE in text else f"{text} {self.ADVICE}"
 
 
 class FormatVersionError(CorruptBackupError):
     """Raised when a backup was written in a format newer than this stepsave knows."""
+
+    ADVICE = ""
 
 
 class BackupMismatchError(StepsaveError, ValueError):

@@ -188,12 +188,13 @@ def test_a_process_that_cannot_do_its_part_is_named_and_the_next_save_is_whole(t
     assert said.startswith("warned stepsave: the save of step 3 is lost, and training goes on")
     expected = {
         "late": "has waited 3 s for the part of process(es) 1 of a save",
-        "fails": "process 1: OSError: [Errno 28] No space left on device",
+        "fails": "a part failed. Mend what it names: process 1: OSError: [Errno 28] No space left",
         "other structure": "the state of process 1 has another structure",
     }
     assert expected[how] in said
     (said,) = [line for line in lines[1] if line.startswith(("warned", "raised"))]
     assert said.startswith("raised" if how == "fails" else "warned"), said
+    assert ("saves with others, and process 0 has given it up" in said) == (how != "fails")
     assert stepsave.restore(place).step == 7
     assert_stock_readers_read(place, 7)
 

@@ -253,7 +253,7 @@ def test_a_remote_directory_is_refused(directory):
 )
 def test_metadata_that_json_cannot_hold_is_refused_and_the_next_save_works(tmp_path, metadata):
     with stepsave.Checkpointer(tmp_path) as saver:
-        with pytest.raises(stepsave.InvalidStateError, match="metadata"):
+        with pytest.raises(stepsave.InvalidStateError, match="Expected what JSON can hold"):
             saver.save(1, state_of(1), metadata)
         saver.save(1, state_of(1), {"fine": 1}).wait()
     assert_is_state_of(restore_once(tmp_path))

@@ -50,10 +50,13 @@ def assert_refused(directory, path, error=CorruptBackupError, match=None):
     assert {**after, "LOCK": None} == {**before, "LOCK": None}
 
 
+SPOILT_MARKER = "the/path: expected (a commit marker, found .* bytes that|.*bytes after the first)"
+
+
 def test_every_truncation_of_a_marker_is_refused(backup):
     encoded = (backup / "COMMIT").read_bytes()
     for length in range(len(encoded)):
-        with pytest.raises(CorruptBackupError, match="the/path"):
+        with pytest.raises(CorruptBackupError, match=SPOILT_MARKER):
             decode_marker(encoded[:length], "the/path")
     for length in (0, 1, len(encoded) // 2, len(encoded) - 1):
         (backup / "COMMIT").write_bytes(encoded[:length])
@@ -98,7 +101,7 @@ def test_every_file_is_proved(backup, path):
     file.write_bytes(data)
     for at in np.linspace(0, len(data) - 1, 15, dtype=int):
         flip_bit(file, at, bit=int(at) % 8)
-        assert_refused(backup, f"5/{path}", match="CRC-32C")
+        assert_refused(backup, f"5/{path}", match=r": expected CRC-32C \w+, found")
         flip_bit(file, at, bit=int(at) % 8)
     file.unlink()
     assert_refused(backup, f"5/{path}", match="no such file")
@@ -118,7 +121,7 @@ def test_every_shard_is_proved(backup):
         (backup / path).unlink()
         assert_refused(backup, path, match="no such file")
         (backup / path).write_bytes(bytes(len(data)))
-        assert_refused(backup, path)
+        assert_refused(backup, path, match=r"bytes \d+ to \d+\): expected CRC-32C \w+, found")
         (backup / path).write_bytes(data)
     assert_same_bits(restore_once(backup).state, STATE)
 
@@ -156,7 +159,8 @@ def test_only_regular_files_are_taken(backup, path, kind):
         os.mkfifo(file)
     else:
         file.mkdir()
-    assert_refused(backup, path)
+    no_marker = kind == "directory" and path == "COMMIT"
+    assert_refused(backup, path, match=None if no_marker else "regular file|no such file")
 
 
 def change_marker(directory, change, version=1):

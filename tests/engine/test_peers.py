@@ -9,6 +9,7 @@ from peers_support import Processes
 
 import stepsave
 from stepsave.engine import follower
+from stepsave.engine.agreement import Following
 from stepsave.engine.follower import FollowerDirectory
 from stepsave.engine.peers import Board, Peers, find_peers
 from stepsave.engine.retention import Retention
@@ -307,3 +308,23 @@ def test_what_several_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(opening, "find_peers", lambda: peers)
     with pytest.raises(stepsave.BackupDirectoryError, match=r"2 processes \(JAX\).*memory of one"):
         stepsave.Checkpointer("memory://peers")
+
+
+def test_a_service_that_is_gone_is_told_with_what_was_to_be_said():
+    def fail(*_):
+        raise ConnectionError("connection refused")
+
+    board = Board(Peers(0, 2, "JAX", fail, fail, fail, hear_all=fail, forget=fail), "/backup")
+    for call, what in (
+        (board.say, "could not tell the others about `save 0`"),
+        (board.hear_all, "could not hear the others about `save 0`"),
+        (board.forget, "could not forget `save 0`"),
+    ):
+        with pytest.raises(stepsave.PeerError, match=f"/backup: .*{what}.*connection refused"):
+            call("save 0")
+
+
+def test_a_step_that_process_0_does_not_save_is_named():
+    board, _ = fake_board({"save 0": {"step": 9, "directory": "spare", "nonce": ""}})
+    with pytest.raises(stepsave.PeerError, match="saves step 8, and process 0 does not"):
+        Following(board).hear_order(8, 0)

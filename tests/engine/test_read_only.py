@@ -316,3 +316,19 @@ def test_a_reader_finds_nothing_foreign_and_publishes_nothing(tmp_path, monkeypa
 
     monkeypatch.setattr(CommitProtocol, "__init__", refuse)
     assert_is_state_of(stepsave.restore(tmp_path))
+
+
+def test_a_directory_that_may_not_be_listed_is_refused_at_the_start(tmp_path, monkeypatch):
+    save_once(tmp_path, state_of(1))
+
+    def deny(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, deny)
+    with pytest.raises(
+        stepsave.BackupDirectoryError, match=f"{tmp_path}: cannot look into the backup directory"
+    ):
+        stepsave.Checkpointer(tmp_path)
+    monkeypatch.undo()
+    assert_is_state_of(restore_once(tmp_path))

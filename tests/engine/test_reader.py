@@ -87,7 +87,7 @@ def test_odd_names_come_back_in_their_order(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_refused_as_a_state_error(tmp_path):
-    with pytest.raises(stepsave.InvalidStateError):
+    with pytest.raises(stepsave.InvalidStateError, match="its name is not valid Unicode"):
         save_once(tmp_path, {"\ud800": np.zeros(3)})
 
 
@@ -217,7 +217,9 @@ def test_a_container_without_names_or_that_nobody_knows_is_refused_with_its_plac
     with stepsave.Checkpointer(tmp_path) as saver:
         with pytest.raises(stepsave.InvalidStateError, match=r"'a/0'.*Unnamed.*without names"):
             saver.save(1, {"a": [Unnamed()]})
-        with pytest.raises(stepsave.InvalidStateError, match=r"'a/0'.*found Unknown"):
+        with pytest.raises(
+            stepsave.InvalidStateError, match="Python has or JAX knows, found Unknown"
+        ):
             saver.save(1, {"a": [Unknown()]})
         saver.save(1, {"a": [1]}).wait()
     assert_same_bits(restore_once(tmp_path).state, {"a": [1]})

@@ -18,6 +18,7 @@ from engine_support import SMALL_SHARDS, assert_is_state_of, flip_bit, state_of
 import stepsave
 from stepsave.engine.uploading import UploadPace
 from stepsave.store import bucket
+from stepsave.store.addresses import address_of
 
 pytestmark = [
     pytest.mark.once,
@@ -380,3 +381,23 @@ def test_what_is_to_be_gone_back_to_stays_in_the_bucket(memory, local):
         assert_is_state_of(stepsave.restore(memory.place, step=step))
     with pytest.raises(ValueError, match=r"there are: 7, 6, 5\."):
         stepsave.restore(memory.place, step=4)
+
+
+def test_a_backup_that_goes_from_the_bucket_while_it_is_looked_for_is_named(
+    memory, local, monkeypatch
+):
+    with stepsave.Checkpointer(memory.place, local_dir=local) as saver:
+        saver.save(1, state_of(1)).wait()
+    flip_bit(local / "1/pytree/d/c/0", 50)
+    store, real = bucket.BucketStore(address_of(memory.place)), os.preadv
+
+    def read(*arguments):  # while the disk is read
+        store.remove("COMMIT")
+        return real(*arguments)
+
+    saver = stepsave.Checkpointer(memory.place, local_dir=local)
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(stepsave.CorruptBackupError, match="backup went while it was looked"):
+        saver.restore()
+    with pytest.raises(stepsave.SaveFailedError, match="could not be uploaded"):
+        saver.close()

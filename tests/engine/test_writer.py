@@ -3,7 +3,7 @@ import threading
 
 import numpy as np
 import pytest
-from engine_support import assert_is_state_of, restore_once, state_of
+from engine_support import assert_is_state_of, restore_once, save_once, state_of
 
 import stepsave
 from stepsave.format.tree import flatten
@@ -169,3 +169,22 @@ def test_a_state_of_zeros_is_written(tmp_path):
         saver.save(0, {"a": np.zeros(5000)}).wait()
     assert (tmp_path / "0/pytree/d/c/0").stat().st_size >= 40_000
     assert (restore_once(tmp_path).state["a"] == np.zeros(5000)).all()
+
+
+@pytest.mark.parametrize("name", ["stepsave-keeper", "stepsave-uploader"])
+def test_threads_that_cannot_be_started_are_told_at_the_start(tmp_path, monkeypatch, name):
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name.startswith(name):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    what = "writer threads" if name == "stepsave-keeper" else "threads for uploads"
+    with pytest.raises(
+        stepsave.BackupDirectoryError, match=rf"cannot start \d+ {what}: can't .*ulimit -u"
+    ):
+        stepsave.Checkpointer("memory://no-threads", local_dir=tmp_path)
+    monkeypatch.undo()
+    save_once(tmp_path, {"a": np.zeros(3)})  # nothing was left locked

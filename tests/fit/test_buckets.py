@@ -185,10 +185,11 @@ def test_a_bucket_that_is_away_at_the_end_fails_no_training(
     def go_away():
         s3.fault = lambda *_: 503
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stepsave.SaveFailedWarning)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", stepsave.SaveFailedWarning)
         options = {"local_dir": tmp_path / "local", "delete_checkpoint": delete}
         assert train(s3.place, At(20, go_away), **options) == uninterrupted
+    assert any("ended, but the bucket was out of reach" in str(one.message) for one in told)
     s3.fault = None
     if not delete:
         assert stepsave.restore(tmp_path / "local").step == 24

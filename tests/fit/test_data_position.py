@@ -47,11 +47,20 @@ def test_what_is_not_known_has_not_changed():
     ]
 
 
-@pytest.mark.parametrize("kind", [Batching, Stream])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Batching, "Expected a batching"), (Stream, "Expected a stream")]
+)
 @pytest.mark.parametrize("document", [{"other": 1}, [], None, 3])
-def test_documents_that_are_none_are_refused(kind, document):
-    with pytest.raises(stepsave.CorruptBackupError):
+def test_documents_that_are_none_are_refused(kind, what, document):
+    with pytest.raises(stepsave.CorruptBackupError, match=what):
         kind.from_json(document)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None, True])
+def test_a_stream_that_cannot_be_is_refused(count):
+    document = Stream().to_json() | {"batches": count}
+    with pytest.raises(stepsave.CorruptBackupError, match="Impossible stream in the backup"):
+        Stream.from_json(document)
 
 
 class Seen(keras.callbacks.Callback):

@@ -88,5 +88,11 @@ def test_parameters_and_lazily_conjugated_tensors_are_saved_as_they_show(tmp_pat
     ids=["sparse", "meta"],
 )
 def test_a_tensor_without_dense_values_is_refused_with_its_place(tensor):
-    with pytest.raises(InvalidStateError, match="'group/leaf'"):
+    with pytest.raises(InvalidStateError, match="'group/leaf': expected a dense tensor"):
         view_on_host([("group", "leaf"), ("b",)], [tensor, torch.zeros(1)])
+
+
+def test_a_dtype_that_numpy_does_not_have_is_refused_with_its_place():
+    tensor = torch.zeros(3, dtype=torch.uint8).view(torch.bits8)
+    with pytest.raises(InvalidStateError, match=r"'a': dtype torch\.bits8 has no NumPy form"):
+        view_on_host([("a",)], [tensor])

@@ -340,3 +340,16 @@ def test_what_nobody_knows_is_refused_until_it_is_registered():
     key = jax.tree_util.GetAttrKey("x")
     jax.tree_util.register_pytree_with_keys(Late, lambda _: (((key, 1),), None), lambda *_: Late())
     assert flatten_state({"a": Late()}, open_leaf).paths == [("a", "x")]
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "jax"])
+def test_a_leaf_of_another_library_is_refused_by_the_one_that_is_asked(name):
+    pytest.importorskip(name)
+    module = importlib.import_module(f"stepsave.snapshot.{name}")
+    told = {
+        "torch": "expected a torch tensor, found ndarray. Convert",
+        "tensorflow": "expected an eager tensor, found ndarray. Save outside",
+        "jax": "expected a JAX array with values, found ndarray",
+    }
+    with pytest.raises(InvalidStateError, match=told[name]):
+        module.view_on_host([np.zeros(3)])

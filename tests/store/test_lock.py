@@ -69,7 +69,7 @@ def test_one_process_gets_a_directory_once(tmp_path):
 
 
 def test_a_refused_process_is_told_the_directory_and_the_holder(tmp_path, holder):
-    with pytest.raises(DirectoryBusyError) as caught:
+    with pytest.raises(DirectoryBusyError, match="another live process uses this") as caught:
         taken(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert f"pid {holder.pid}" in str(caught.value)

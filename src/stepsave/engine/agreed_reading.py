@@ -54,7 +54,7 @@ class LedReading:
         for rank, one in told.items():
             if one["error"]:
                 kind = BucketError if one["is_away"] else CorruptBackupError
-                what = f"can read the backup, process {rank} cannot"
+                what = f"can read the backup, process {rank} cannot. All must see all of it"
                 raise kind(self._board.text(what, one["error"]))
         return found
 

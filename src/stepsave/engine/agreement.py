@@ -102,12 +102,15 @@ class Leading:
             if not missing:
                 return max(facts["step"] for facts in said.values())
             if gone := missing & board.hear_all("gone").keys():
-                raise PeerError(board.text(f"is to upload, and process {min(gone)} has left"))
+                raise PeerError(
+                    board.text(f"is to upload, and process {min(gone)} has left. Look why it ended")
+                )
             if is_off():
                 raise SkippedError
             if time.monotonic() > end_s:
                 late = ", ".join(map(str, sorted(missing)))
                 what = f"has waited {limit_s:.0f} s for process(es) {late} to upload with it"
+                what = f"{what}. Look what they do"
                 raise PeerError(board.text(what))
             time.sleep(_LOOK_S)
 
@@ -121,14 +124,19 @@ class Leading:
         said = self._hear_all(patience_s(size_bytes))
         failed = [f"process {rank}: {said[rank]['error']}" for rank in said if said[rank]["error"]]
         if failed:
-            raise PeerError(self._board.text(f"saves with others, and {'; '.join(failed)}"))
+            raise PeerError(
+                self._board.text(
+                    f"saves with others, and a part failed. Mend what it names: {'; '.join(failed)}"
+                )
+            )
         if any(facts["skipped"] for facts in said.values()):
             raise SkippedError
         other = [rank for rank, facts in said.items() if facts["layout"] != mine.layout]
         if other:
             raise PeerError(
                 self._board.text(
-                    f"saves with others, but the state of process {other[0]} has another structure"
+                    f"saves with others, but the state of process {other[0]} has another "
+                    "structure. All must save a state of the same names, shapes and dtypes"
                 )
             )
         digests, files = list(mine.digests), list(mine.files)
@@ -296,7 +304,9 @@ class Following:
         if reason == _SKIPPED:
             raise SkippedError
         raise PeerError(
-            self._board.text("saves with others, and process 0 has given it up", reason)
+            self._board.text(
+                "saves with others, and process 0 has given it up. Mend what it names", reason
+            )
         )
 
 

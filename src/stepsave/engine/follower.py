@@ -33,6 +33,11 @@ _SIGHT_S = 30.0
 """How long what another machine has written may take to be seen: network file systems keep old
 entries for a while."""
 
+_SHOWS_OTHER_THINGS = (
+    "The file system shows the processes different things. Use one that shows all the same, or a "
+    "bucket."
+)
+
 _REMEMBERED = 3  # saves whose shards may be written over: two are valid at most, one is retired
 
 
@@ -141,7 +146,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         if not _comes_true(look):
             raise BackupDirectoryError(
                 f"{store.path(directory)}: process 0 has made this directory, and it is not to be "
-                "seen here. The file system shows the processes different things."
+                f"seen here. {_SHOWS_OTHER_THINGS}"
             )
 
     def pass_over(self, step: int) -> None:
@@ -174,7 +179,7 @@ class FollowerDirectory(ReadOnlyDirectory):
         if not _comes_true(look):
             raise BackupDirectoryError(
                 f"{self._store.root}: process 0 restores a backup that is not to be seen here. "
-                "The file system shows the processes different things."
+                f"{_SHOWS_OTHER_THINGS}"
             )
         return records[0]
 

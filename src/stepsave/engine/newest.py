@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from stepsave.engine.known_files import COMMIT
 from stepsave.engine.markers import Markers
-from stepsave.engine.reader import ADVICE, StoredBackup
+from stepsave.engine.reader import StoredBackup
 from stepsave.errors import BucketError, CorruptBackupError, PeerError, StepsaveError
 from stepsave.format.records import BackupRecord
 
@@ -87,6 +87,6 @@ def _as_corrupt(place: str, error: Exception) -> Exception:
     if isinstance(error, StepsaveError):
         return error
     found = f"{type(error).__name__}: {error}"  # unlike its `repr`, with the file
-    wrapped = CorruptBackupError(f"{place}: the backup cannot be read: {found}. {ADVICE}")
+    wrapped = CorruptBackupError(f"{place}: the backup cannot be read: {found}.")
     wrapped.__cause__ = error
     return wrapped

@@ -91,8 +91,11 @@ class Board:
         try:
             return json.loads(self.peers.hear(f"{self._prefix}/{what}", limit_s))
         except Exception as e:
-            reason = f"waited {limit_s:.0f} s for process {who} to say something about `{what}`"
-            raise PeerError(self._text(reason, e)) from e
+            raise PeerError(
+                self._text(
+                    f"waited {limit_s:.0f} s for process {who} to say something about `{what}`", e
+                )
+            ) from e
 
     def peek(self, what: str) -> dict[str, Any] | None:
         """Returns what was said about something already; None if nothing was."""

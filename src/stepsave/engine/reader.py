@@ -43,7 +43,6 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = (
-    "ADVICE",
     "Needs",
     "StoredBackup",
     "read_backup",
@@ -59,12 +58,6 @@ Whole = tuple[
     Sequence[LeafSpec],
     Callable[[Sequence[LeafSpec], Sequence[SavedArray]], Sequence[SavedArray]],
 ]
-
-ADVICE = (
-    "Nothing was deleted. Restore the directory from a copy, or move it away to start afresh; "
-    "`double_checkpoint=True` keeps a second backup for such a case."
-)
-"""What to do about a backup that cannot be read."""
 
 _READ_THREADS = 4
 
@@ -136,18 +129,20 @@ def read_backup(
         )
     for path in (orbax.LAYOUT_PATH, own):
         if path not in files:
-            raise CorruptBackupError(f"{store.path(record.directory)}: no {path}. {ADVICE}")
+            raise CorruptBackupError(
+                f"{store.path(record.directory)}: expected {path}, found none."
+            )
     layout_source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
     plan = decode_layout(files[orbax.LAYOUT_PATH], layout_source)
     if (plan.shard_bytes, plan.shard_count) != (record.shard_bytes, len(record.shard_digests)):
         raise CorruptBackupError(
             f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
-            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}. {ADVICE}"
+            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}."
         )
     extents = Extents(plan, None if needs is None else needs(plan.leaves))
     numbers = [number for number in range(plan.shard_count) if extents.of_shard(number)]
     shards = [f"{record.directory}/{orbax.shard_path(number)}" for number in numbers]
-    _check_sizes(store, dict.fromkeys(shards, plan.shard_bytes))
+    store.check_sizes(dict.fromkeys(shards, plan.shard_bytes))
 
     pages = _make_pages(store, plan, extents)
     memory = pages.lend()
@@ -171,7 +166,7 @@ def read_backup(
     except (ValueError, TypeError, LookupError) as e:
         raise CorruptBackupError(
             f"{store.path(record.directory)}/{own}: expected a structure that fits the "
-            f"arrays, found {e!r}. {ADVICE}"
+            f"arrays, found {e!r}."
         ) from e
     flat = FlatState(paths, list(leaves), notes)
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
@@ -202,7 +197,7 @@ def read_files(
     files = record.files if files is None else files
     below = {file.path: f"{record.directory}/{file.path}" for file in files}
     if not store.is_remote:  # where that takes as long as reading them
-        _check_sizes(store, {below[file.path]: file.size_bytes for file in files})
+        store.check_sizes({below[file.path]: file.size_bytes for file in files})
     contents: dict[str, bytes] = {}
 
     def read(number: int) -> None:
@@ -212,20 +207,13 @@ def read_files(
         if found != file.crc32c:
             raise CorruptBackupError(
                 f"{store.path(below[file.path])}: expected CRC-32C {file.crc32c:08x}, "
-                f"found {found:08x}. {ADVICE}"
+                f"found {found:08x}."
             )
         contents[file.path] = data
 
     count = len(files)
     helpers.share(range(count), read, helpers=min(store.lanes, count) - 1 if store.is_remote else 0)
     return contents
-
-
-def _check_sizes(store: Store, sizes: dict[str, int]) -> None:
-    try:
-        store.check_sizes(sizes)
-    except CorruptBackupError as e:
-        raise CorruptBackupError(f"{e} {ADVICE}") from e
 
 
 def read_shard(
@@ -281,14 +269,14 @@ def read_shard(
                 f"{store.path(path)}: data of {plan.leaves[chunk.leaf].name!r} (chunk "
                 f"{chunk.grid}, bytes {begin} to {begin + chunk.stored_bytes}): expected CRC-32C "
                 f"{int.from_bytes(stored, 'little'):08x}, found "
-                f"{int.from_bytes(found, 'little'):08x}. {ADVICE}"
+                f"{int.from_bytes(found, 'little'):08x}."
             )
         checksums += stored
     digest, expected = crc32c(bytes(checksums)), record.shard_digests[number]
     if digest != expected:
         raise CorruptBackupError(
             f"{store.path(path)}: expected the shard with digest {expected:08x}, found "
-            f"{digest:08x}: a shard of another save. {ADVICE}"
+            f"{digest:08x}: a shard of another save."
         )
 
 

@@ -92,7 +92,7 @@ class SaveHandle:
             TimeoutError: If it has not ended within `timeout_s` seconds. It goes on.
         """
         if not self.wait_ended(timeout_s):
-            raise TimeoutError(f"The save of step {self.step} has not ended after {timeout_s} s.")
+            raise _too_late(self.step, timeout_s)
         self.raise_error()
 
     def wait_ended(self, timeout_s: float | None) -> bool:
@@ -210,9 +210,7 @@ class SaveLog:
         for handle in self._open:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             if not handle.wait_ended(left_s):
-                raise TimeoutError(
-                    f"The save of step {handle.step} has not ended after {timeout_s} s."
-                )
+                raise _too_late(handle.step, timeout_s)
 
     def raise_failed(self, *, but_for_outages: bool = False) -> None:
         """Raises `SaveFailedError` if a save failed and the user was not told yet.
@@ -272,6 +270,12 @@ class SaveLog:
             remote_step=None if self._uploaded is None else self._uploaded[0],
             remote_age_s=math.nan if self._uploaded is None else time.time() - self._uploaded[1],
         )
+
+
+def _too_late(step: int, timeout_s: float | None) -> TimeoutError:
+    return TimeoutError(
+        f"The save of step {step} has not ended after {timeout_s} s. It goes on: wait again."
+    )
 
 
 def _raise_or_warn(text: str, error: BaseException, *, warns: bool) -> None:

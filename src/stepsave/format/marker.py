@@ -42,10 +42,6 @@ RUN_NAME = r"2\d{7}T\d{6}Z-[0-9a-f]{16}"
 
 _MAGIC = "stepsave-commit"
 _OF_DIRECTORY, _OF_BUCKET = 1, 2
-_ADVICE = (
-    "Nothing was deleted. Restore the file from a copy, or move the backup directory away "
-    "to start afresh."
-)
 
 
 def encode_marker(record: BackupRecord, *older: BackupRecord) -> bytes:
@@ -77,7 +73,7 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
     words = line.decode("ascii", errors="replace").split()
     if len(words) != 4 or words[0] != _MAGIC:
         found = f"{len(encoded)} bytes that start with {encoded[:20]!r}"
-        raise CorruptBackupError(f"{source}: expected a commit marker, found {found}. {_ADVICE}")
+        raise CorruptBackupError(f"{source}: expected a commit marker, found {found}.")
     if words[1] not in (str(_OF_DIRECTORY), str(_OF_BUCKET)):
         raise FormatVersionError(
             f"{source}: written in format {words[1]}, but this stepsave reads markers up to format "
@@ -85,12 +81,11 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
         )
     if words[3] != str(len(body)):
         raise CorruptBackupError(
-            f"{source}: expected {words[3]} bytes after the first line, found {len(body)}. "
-            f"{_ADVICE}"
+            f"{source}: expected {words[3]} bytes after the first line, found {len(body)}."
         )
     if words[2] != f"{crc32c(body):08x}":
         raise CorruptBackupError(
-            f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}. {_ADVICE}"
+            f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}."
         )
     try:
         document = json.loads(body)
@@ -99,7 +94,7 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
         some = (document, *document.get("older", ()))
         return _newest_first(_record_of(one, r"\d+") for one in some)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}. {_ADVICE}") from e
+        raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}.") from e
 
 
 def _prove(version: int, document: dict[str, Any]) -> bytes:

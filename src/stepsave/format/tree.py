@@ -125,7 +125,9 @@ class _Walk:
 
     def visit(self, value: Any, at: Path) -> None:
         if len(at) > MAX_DEPTH:
-            raise InvalidStateError(f"State {'/'.join(at[:3])}…: nested deeper than {MAX_DEPTH}.")
+            raise InvalidStateError(
+                f"State {'/'.join(at[:3])}…: nested deeper than {MAX_DEPTH}. Flatten it."
+            )
         kind = _kinds.get(type(value)) or _find_kind(value, at, self._open_leaf)
         if kind == "dict":
             self._visit_dict(cast("Mapping[Any, Any]", value), at)

@@ -77,7 +77,9 @@ class ScatteredArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
         if copy is False:
-            raise ValueError("an array in pieces cannot be had without a copy")
+            raise ValueError(
+                "an array in pieces cannot be had without a copy: leave `copy=False` out"
+            )
         whole = self[tuple(slice(0, size) for size in self.shape)]
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
@@ -221,7 +223,7 @@ def _view(kind: str, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) ->
             raise InvalidStateError(f"State {'/'.join(paths[0])!r}: {e}") from e
     raise InvalidStateError(
         f"State {'/'.join(paths[0])!r}: expected a NumPy, JAX, torch or TensorFlow array or a "
-        f"number, found {type(leaves[0]).__name__}."
+        f"number, found {type(leaves[0]).__name__}. Convert it, or put it into the metadata."
     )
 
 

@@ -110,7 +110,7 @@ def spread_over(
         indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
     except ValueError as e:
         raise InvalidStateError(
-            f"expected an array that its sharding cuts into equal parts: {e}."
+            f"expected an array that its sharding cuts into equal parts: {e}. Use one that does."
         ) from e
     holders: dict[Grid, set[int]] = collections.defaultdict(set)
     for device, index in indices.items():

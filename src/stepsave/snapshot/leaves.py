@@ -60,7 +60,9 @@ def describe(leaf: Any) -> ArrayForm:
     if backend == "numpy":
         return ArrayForm(np.shape(leaf), np.asarray(leaf).dtype)
     if not backend:
-        raise InvalidStateError(f"expected an array or a number, found {type(leaf).__name__}.")
+        raise InvalidStateError(
+            f"expected an array or a number, found {type(leaf).__name__}. Convert it."
+        )
     return ArrayForm(*_module(backend).describe([leaf])[0])
 
 

@@ -45,7 +45,9 @@ def wait_computed(leaves: Sequence[Any]) -> None:
 def _value(leaf: Any) -> Any:
     tensor: Any = leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
     if not isinstance(tensor, tf.Tensor) or not hasattr(tensor, "numpy"):
-        raise InvalidStateError(f"expected an eager tensor, found {type(leaf).__name__}.")
+        raise InvalidStateError(
+            f"expected an eager tensor, found {type(leaf).__name__}. Save outside of `tf.function`."
+        )
     return tensor
 
 

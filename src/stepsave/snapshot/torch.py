@@ -82,7 +82,7 @@ def _view(leaf: Any) -> np.ndarray[Any, Any]:
     try:
         return tensor.numpy() if bits is None else tensor.view(bits[0]).numpy().view(bits[1])
     except TypeError as e:
-        raise InvalidStateError(f"dtype {tensor.dtype} has no NumPy form: {e}") from e
+        raise InvalidStateError(f"dtype {tensor.dtype} has no NumPy form: {e}. Convert it.") from e
 
 
 def _is_spread(leaf: Any) -> bool:
@@ -93,7 +93,9 @@ def _is_spread(leaf: Any) -> bool:
 
 def _check(leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, torch.Tensor):
-        raise InvalidStateError(f"expected a torch tensor, found {type(leaf).__name__}.")
+        raise InvalidStateError(
+            f"expected a torch tensor, found {type(leaf).__name__}. Convert it."
+        )
     if _is_spread(leaf):
         raise InvalidStateError(
             "found a DTensor, of which other processes have parts (FSDP, tensor parallelism). Only "
@@ -104,7 +106,7 @@ def _check(leaf: Any) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InvalidStateError(
             f"expected a dense tensor with values, found layout {tensor.layout}, "
-            f"dtype {tensor.dtype}, device {tensor.device}."
+            f"dtype {tensor.dtype}, device {tensor.device}. Convert it, or leave it out."
         )
     return tensor
 

@@ -49,7 +49,7 @@ def address_of(target: Target) -> Address | None:
     if isinstance(target, Mapping):
         return _of_spec(target)
     if not target:
-        raise ValueError("Empty `directory` argument passed")
+        raise ValueError("Empty `directory` argument passed. Expected a path or a URL.")
     text = os.fspath(target)
     match = _URL.match(text)
     if match is None:
@@ -69,7 +69,9 @@ def address_of(target: Target) -> Address | None:
     bucket, _, prefix = rest[1:].partition("/")
     prefix = prefix.strip("/")
     if not bucket:
-        raise BackupDirectoryError(f"{text}: expected {scheme}://bucket/prefix, found no bucket.")
+        raise BackupDirectoryError(
+            f"{text}: expected {scheme}://bucket/prefix, found no bucket. Name one."
+        )
     url = f"{scheme}://{bucket}/{prefix}".rstrip("/")
     return Address(url, _SPECS[scheme](url, bucket, f"{prefix}/" if prefix else ""))
 
@@ -133,7 +135,9 @@ class _Profile:
             try:
                 parser.read(path)
             except (configparser.Error, UnicodeDecodeError) as e:
-                raise BackupDirectoryError(f"{path}: expected a file of AWS, found: {e}") from e
+                raise BackupDirectoryError(
+                    f"{path}: expected a file of AWS, found: {e}. Mend it."
+                ) from e
             if parser.has_section(section):
                 self._values |= dict(parser.items(section))
 
