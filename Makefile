@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	  left="$(QUICK) and not first and not once"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,what the documents show,tests/cli tests/demo tests/docs -n 2 --dist loadfile -m "$(QUICK)")
+	$(call part,what the documents show,tests/cli tests/demo tests/docs tests/packaging -n 2 --dist loadfile -m "$(QUICK)")
 
 # Everything: the matrix of exact resume (whole on one backend, a third on each of the others),
 # the demo, benchmarks, and the oldest Keras that is admitted.
@@ -34,7 +34,8 @@ test-all: test $(VENV)/.oldest-keras
 	  left="(slow or first) and not once and not whole_matrix"; \
 	done; \
 	export KERAS_BACKEND=jax; \
-	$(call part,the demo and the benchmarks,tests/cli tests/demo tests/docs -n 2 --dist loadfile -m "$(SLOW)"); \
+	$(call part,the demo and the benchmarks,tests/cli tests/demo tests/docs tests/packaging -n 2 \
+	  --dist loadfile -m "$(SLOW)"); \
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
 	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
@@ -79,7 +80,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[cli]" --group backends --group test
+	$(BIN)/python -m pip install --quiet -e ".[cli]" --group backends --group test --group packaging
 	@touch $@
 
 $(VENV)/.oldest-keras: pyproject.toml $(VENV)/.test
