@@ -8,7 +8,7 @@ BACKENDS := torch jax tensorflow # the quickest first: what says the same on eac
 OLDEST_KERAS := keras==3.14.0
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all exact-table lint format bench clean
+.PHONY: demo test test-all exact-table lint docs format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
@@ -59,6 +59,11 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# The site, into build/site; a warning is an error.
+docs: $(VENV)/.docs
+	KERAS_BACKEND=jax $(BIN)/sphinx-build -q -W --keep-going -n -b html docs build/site
+	@echo "build/site/index.html"
+
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -92,5 +97,9 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group lint
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
