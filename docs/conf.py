@@ -43,10 +43,12 @@ html_show_copyright = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4  # the same anchors as repository browsers make
 
+autoclass_content = "both"  # arguments are in the docstring of `__init__`
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 80
 napoleon_use_rtype = False
 # Names of other libraries, and of modules that are not public, lead nowhere.
 nitpick_ignore_regex = [(r"py:.*", r".*")]

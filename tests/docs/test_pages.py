@@ -1,0 +1,109 @@
+"""Nothing on a page of docs/ that was not run, unless the page's source says why not.
+
+Each block of Python or of commands is run, in its order, in one directory for each page. A comment
+before a block says otherwise:
+
+    <!-- file: train.py -->       it is written into this file, for commands that follow
+    <!-- needs: bucket -->        s3://my-bucket is there
+    <!-- not run: the reason -->  it is not run
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bucket_support import put, s3, s3_environment, s3_target
+
+__all__ = ("s3", "s3_target")
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
+BLOCK = re.compile(
+    r"(?:<!-- (file|needs|not run)[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+LANGUAGES = {"python", "console"}
+RUN = {
+    page
+    for page, text in PAGES.items()
+    if any(kind in LANGUAGES and mark != "not run" for mark, _, kind, _ in BLOCK.findall(text))
+}
+# What is only shown: layouts of files, outputs, the input of other programs.
+SHOWN = {"", "json", "text", "{toctree}", "{eval-rst}", "yaml", "ini", "bash"}
+PYTHON = (sys.executable, "-W", "error::ResourceWarning", "-c")
+LIMIT_S = 250
+
+
+def run(command, directory, environment):
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.xdist_group("buckets")
+@pytest.mark.parametrize("page", sorted(RUN))
+def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    if "<!-- needs: bucket -->" in PAGES[page]:
+        store = request.getfixturevalue("s3")
+        put(f"{store.url}/my-bucket", b"")
+        environment |= s3_environment(store.url)
+    script = ""
+    for mark, told, language, block in [*BLOCK.findall(PAGES[page]), ("", "", "end", "")]:
+        if mark == "not run" or (language not in LANGUAGES and language != "end"):
+            continue
+        if mark == "file":
+            (tmp_path / told.strip()).write_text(block)
+        elif language == "python":  # goes on where the block before it ended
+            script += block
+        else:
+            if script:
+                run(
+                    [sys.executable, "-W", "error::ResourceWarning", "-c", script],
+                    tmp_path,
+                    environment,
+                )
+                script = ""
+            if block:
+                run(["bash", "-euo", "pipefail", "-c", block], tmp_path, environment)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_each_block_of_a_page_is_of_a_known_kind(page):
+    fences = re.findall(r"^ *```(\S*)", PAGES[page], re.MULTILINE)
+    assert set(fences) <= LANGUAGES | SHOWN
+    found = [language for *_, language, _ in BLOCK.findall(PAGES[page])]
+    for language in LANGUAGES:
+        assert found.count(language) == fences.count(language), "a block that the test overlooks"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_what_is_not_run_says_why(page):
+    for mark, reason, _, _ in BLOCK.findall(PAGES[page]):
+        if mark == "not run":
+            assert len(reason.split()) >= 4
+
+
+def test_each_link_of_a_page_leads_to_a_heading_that_there_is():
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
+            if "://" not in target:
+                to = os.path.normpath((DOCS / page).parent / target) if target else DOCS / page
+                heads = re.findall(r"^#+ (.+)$", Path(to).read_text(), re.MULTILINE)
+                assert anchor in {slug(head) for head in heads}, f"{page}: {target}#{anchor}"
+
+
+def slug(heading):
+    """The anchor of a heading, as repository browsers and the site make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
