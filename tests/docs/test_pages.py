@@ -6,6 +6,8 @@ before a block says otherwise:
     <!-- file: train.py -->       it is written into this file, for commands that follow
     <!-- needs: bucket -->        s3://my-bucket is there
     <!-- not run: the reason -->  it is not run
+
+A block of text behind commands is what they print; `…` stands for what is left out or differs.
 """
 
 import os
@@ -34,6 +36,7 @@ RUN = {
 # What is only shown: layouts of files, outputs, the input of other programs.
 SHOWN = {"", "json", "text", "{toctree}", "{eval-rst}", "yaml", "ini", "bash"}
 PYTHON = (sys.executable, "-W", "error::ResourceWarning", "-c")
+SHELL = ("bash", "-euo", "pipefail", "-c")
 LIMIT_S = 250
 
 
@@ -48,9 +51,10 @@ def run(command, directory, environment):
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
-@pytest.mark.xdist_group("buckets")
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(RUN))
 def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
@@ -59,24 +63,22 @@ def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
         store = request.getfixturevalue("s3")
         put(f"{store.url}/my-bucket", b"")
         environment |= s3_environment(store.url)
-    script = ""
-    for mark, told, language, block in [*BLOCK.findall(PAGES[page]), ("", "", "end", "")]:
-        if mark == "not run" or (language not in LANGUAGES and language != "end"):
-            continue
+    script, printed = "", None
+    for mark, told, language, block in [*BLOCK.findall(PAGES[page]), ("", "", "console", "")]:
         if mark == "file":
             (tmp_path / told.strip()).write_text(block)
-        elif language == "python":  # goes on where the block before it ended
+        elif language == "python" and mark != "not run":  # goes on where the one before it ended
             script += block
-        else:
+        elif language == "console" and mark != "not run":
             if script:
-                run(
-                    [sys.executable, "-W", "error::ResourceWarning", "-c", script],
-                    tmp_path,
-                    environment,
-                )
-                script = ""
-            if block:
-                run(["bash", "-euo", "pipefail", "-c", block], tmp_path, environment)
+                run([*PYTHON, script], tmp_path, environment)
+            script = ""
+            printed = run([*SHELL, block], tmp_path, environment)
+            continue
+        elif language == "text" and printed is not None:
+            expected = ".*".join(map(re.escape, block.split("…")))
+            assert re.fullmatch(expected, printed, re.DOTALL), printed
+        printed = None
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
