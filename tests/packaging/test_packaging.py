@@ -82,7 +82,8 @@ def test_the_wheel_has_the_package_alone_and_says_that_it_is_typed(built):
 def test_the_sdist_has_what_is_needed_to_test_it(built):
     with tarfile.open(built[1]) as sdist:
         found = {Path(*Path(name).parts[1:]) for name in sdist.getnames()}
-    for name in ("pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "docs/errors.md"):
+    needed = ("LICENSE", "README.md", "pyproject.toml", "tests/conftest.py", "docs/errors.md")
+    for name in (*needed, "CITATION.cff", ".github/workflows/ci.yml"):
         assert Path(name) in found, name
     assert not [path for path in found if "__pycache__" in path.parts]
 
