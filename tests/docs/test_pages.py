@@ -27,14 +27,15 @@ BLOCK = re.compile(
     r"(?:<!-- (file|needs|not run)[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-LANGUAGES = {"python", "console"}
+SHELLS = {"bash", "console", "sh"}
+LANGUAGES = {"python", *SHELLS}
 RUN = {
     page
     for page, text in PAGES.items()
     if any(kind in LANGUAGES and mark != "not run" for mark, _, kind, _ in BLOCK.findall(text))
 }
 # What is only shown: layouts of files, outputs, the input of other programs.
-SHOWN = {"", "json", "text", "{toctree}", "{eval-rst}", "yaml", "ini", "bash"}
+SHOWN = {"", "json", "text", "{toctree}", "{eval-rst}", "yaml", "ini"}
 PYTHON = (sys.executable, "-W", "error::ResourceWarning", "-c")
 SHELL = ("bash", "-euo", "pipefail", "-c")
 LIMIT_S = 250
@@ -69,7 +70,7 @@ def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
             (tmp_path / told.strip()).write_text(block)
         elif language == "python" and mark != "not run":  # goes on where the one before it ended
             script += block
-        elif language == "console" and mark != "not run":
+        elif language in SHELLS and mark != "not run":
             if script:
                 run([*PYTHON, script], tmp_path, environment)
             script = ""
