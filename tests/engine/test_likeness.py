@@ -167,6 +167,70 @@ def test_a_torch_training_goes_on_without_a_word_about_numpy(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_torch_training_goes_on_before_its_optimizer_has_slots(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    def make(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9))
+
+    def train(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3, dtype=torch.bfloat16)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(1)
+    train(model, optimizer)
+    save_once(tmp_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    again, resumed = make(2)
+    for found in (
+        stepsave.restore(tmp_path, arrays="torch").state,
+        stepsave.restore(tmp_path, arrays="torch").state,  # of the first nothing is shared
+    ):
+        again.load_state_dict(found["model"])
+        resumed.load_state_dict(found["optimizer"])
+        assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+        slots = zip(again.parameters(), model.parameters(), strict=True)
+        for one, other in slots:
+            for name, value in optimizer.state[other].items():
+                assert resumed.state[one][name].dtype == value.dtype
+                assert torch.equal(resumed.state[one][name], value)
+        train(again, resumed)
+    train(model, optimizer)
+    for one, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_dtype_of_torch_comes_back_and_others_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    names = ("bool", "uint8", "int64", "uint16", "bfloat16", "float16", "float8_e5m2", "complex64")
+    bits = torch.arange(48, dtype=torch.uint8)
+    state = {name: (bits % 2).bool() for name in names[:1]}
+    state |= {name: bits.view(getattr(torch, name)) for name in names[1:]}
+    state |= {"number": 3, "none": None, "scalar": torch.tensor(2.5), "list": [torch.ones(0, 3)]}
+    save_once(tmp_path / "torch", state)
+    found = stepsave.restore(tmp_path / "torch", arrays="torch").state
+    assert (found.pop("number"), found.pop("none")) == (state.pop("number"), state.pop("none"))
+    (found["list"],), (state["list"],) = found["list"], state["list"]
+    for name, tensor in state.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert bytes(found[name].untyped_storage()) == bytes(tensor.untyped_storage())
+    save_once(tmp_path / "int4", {"a": [random_array((3,), "int4")]})
+    with pytest.raises(
+        stepsave.BackupMismatchError, match=r"torch can hold, found int4\[3\] at 'a"
+    ):
+        stepsave.restore(tmp_path / "int4", arrays="torch")
+
+
+def test_kinds_of_arrays_that_are_none_are_refused(tmp_path):
+    save_once(tmp_path, {"a": np.zeros(2)})
+    with pytest.raises(ValueError, match="Expected 'numpy' or 'torch'"):
+        stepsave.restore(tmp_path, arrays="jax")
+    with pytest.raises(ValueError, match="Pass one of the two"):
+        stepsave.restore(tmp_path, like={"a": np.zeros(2)}, arrays="torch")
+
+
 def test_arrays_spread_over_devices_are_spread_likewise(tmp_path):
     pytest.importorskip("jax")
     script = """

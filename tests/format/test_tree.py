@@ -116,16 +116,37 @@ def test_other_dicts_lists_and_tuples_are_rebuilt_as_they_are():
     class Texts(dict):
         pass
 
+    class Wrapping(collections.abc.MutableMapping):  # as `flax.nnx.State` is one
+        def __init__(self, items):
+            self.items_ = items
+
+        def __getitem__(self, key):
+            return self.items_[key]
+
+        def __setitem__(self, key, value):
+            self.items_[key] = value
+
+        def __delitem__(self, key):
+            del self.items_[key]
+
+        def __iter__(self):
+            return iter(self.items_)
+
+        def __len__(self):
+            return len(self.items_)
+
     counts = collections.defaultdict(list, {"x": 1})
     state = {
+        "wrapping": Wrapping({"w": 0}),
         "ordered": collections.OrderedDict(b=1, a=2),
         "default": counts,
         "subclass": Texts(y=3),
         "frozen": MappingProxyType({"z": 4}),
         "pair": Pair(5, Nothing()),
     }
-    again = rebuild(state, iter("bcdefg"), lambda _: None)
+    again = rebuild(state, iter("abcdefg"), lambda _: None)
     assert again == {
+        "wrapping": {"w": "a"},
         "ordered": collections.OrderedDict(b="b", a="c"),
         "default": {"x": "d"},
         "subclass": {"y": "e"},
@@ -137,6 +158,7 @@ def test_other_dicts_lists_and_tuples_are_rebuilt_as_they_are():
     }
     assert again["default"]["missing"] == []
     assert counts == {"x": 1}
+    assert state["wrapping"] == {"w": 0}
 
 
 class Box:

@@ -26,6 +26,7 @@ _CHOICES = {
     "when_busy": ("wait", "skip"),
     "writer": ("auto", "direct", "tensorstore"),
     "snapshot": ("auto", "device", "host"),
+    "arrays": ("numpy", "torch"),
     "resume": ("batch", "epoch"),
     "history": ("new", "all"),
 }

@@ -16,7 +16,7 @@ from stepsave.engine.arguments import (
     check_threads,
     encode_training,
 )
-from stepsave.engine.likeness import fit_to, needs_of
+from stepsave.engine.likeness import ArrayKind, check_arrays, needs_of, shape_state
 from stepsave.engine.opening import Place
 from stepsave.engine.reader import Needs, StoredBackup
 from stepsave.engine.retention import Retention
@@ -234,7 +234,9 @@ class Checkpointer:
         self._log.add_cost(handle)
         return handle
 
-    def restore(self, *, like: Any = None, step: int | None = None) -> Backup | None:
+    def restore(
+        self, *, like: Any = None, step: int | None = None, arrays: ArrayKind = "numpy"
+    ) -> Backup | None:
         """Reads the newest valid backup, verified; waits for saves in flight first.
 
         If it cannot be read, one before it is, with a warning that names what is lost.
@@ -243,26 +245,27 @@ class Checkpointer:
             like: A state like the one that was saved; it is not changed. The backup's is returned
                 in its structure (named tuples, PRNG keys, registered containers), each array of its
                 kind there: NumPy's; JAX's with its sharding; torch's and TensorFlow's on its
-                device, a parameter or variable if it is one. None for NumPy arrays in containers.
+                device, a parameter or variable if it is one. None for arrays in containers.
             step: That of a kept backup, to read that one. It is not gone back to: what is saved
                 next must come after the newest, so train on from it with another directory.
+            arrays: Without `like`: `"numpy"`, or `"torch"`: tensors, on the host.
 
         Returns:
             The backup, or None if there is none.
 
         Raises:
+            ValueError: If no backup of that `step` is kept; if `arrays` goes with `like`.
             CorruptBackupError: If there is one, but it cannot be read.
-            BackupMismatchError: If it differs from `like` in paths, shapes or dtypes.
-            ValueError: If no backup of that `step` is kept.
+            BackupMismatchError: If paths, shapes or dtypes differ; if torch has no such dtype.
             InvalidStateError: If `like` could not be saved itself.
             BackupDirectoryError: If a backup that is only read was replaced again and again.
         """
+        check_arrays(arrays, like)
         found = self.restore_leaves(None if like is None else needs_of(like), step)
         if found is None:
             return None
         # Not by the keeper: where arrays are put may depend on the caller's thread.
-        source = f"{self.directory}, step {found.step}"
-        state = found.state if like is None else fit_to(like, found.flat, source)
+        state = shape_state(found, like, arrays, self.directory)
         return Backup(found.step, state, found.metadata, found.ended)
 
     def restore_leaves(

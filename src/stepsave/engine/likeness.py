@@ -1,19 +1,31 @@
-"""A restored state in the structure of another one, with arrays of its kinds."""
+"""A restored state with arrays of another kind, or in the structure of another state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from stepsave.engine.arguments import check_choices
 from stepsave.engine.extents import Regions
-from stepsave.engine.reader import Needs
+from stepsave.engine.reader import Needs, StoredBackup
 from stepsave.errors import BackupMismatchError, InvalidStateError
 from stepsave.format.records import LeafSpec
-from stepsave.format.tree import FlatState, flatten_state, rebuild
-from stepsave.snapshot.arrays import ArrayForm, HostArray
-from stepsave.snapshot.leaves import describe, make_like, open_leaf, regions_here, wrap_key
+from stepsave.format.tree import FlatState, flatten_state, rebuild, unflatten
+from stepsave.snapshot.arrays import ArrayForm, HostArray, SavedArray
+from stepsave.snapshot.leaves import (
+    describe,
+    make_like,
+    make_tensor,
+    open_leaf,
+    regions_here,
+    wrap_key,
+)
 
-__all__ = ("fit_to", "needs_of")
+__all__ = ("ArrayKind", "check_arrays", "needs_of", "shape_state")
+
+ArrayKind = Literal["numpy", "torch"]
 
 _SHOWN = 10  # differences that an error lists
 
@@ -22,6 +34,43 @@ _NUMBERS = {"bool": "b", "int": "iu", "float": "f", "complex": "c"}
 
 Path = tuple[str, ...]
 Told = Mapping[Path, tuple[str, Any]]
+
+
+def check_arrays(arrays: object, like: object) -> None:
+    """Raises `ValueError` unless the arrays of a restored state may be of that kind."""
+    check_choices(arrays=arrays)
+    if like is not None and arrays != "numpy":
+        raise ValueError(
+            f"Invalid value for argument `arrays`. Received: arrays={arrays!r} and `like`, which "
+            "says itself of what kind each array is. Pass one of the two."
+        )
+
+
+def shape_state(found: StoredBackup, like: Any, arrays: ArrayKind, place: str) -> Any:
+    """Returns the state of a backup as `Checkpointer.restore` promises it."""
+    source = f"{place}, step {found.step}"
+    if like is not None:
+        return fit_to(like, found.flat, source)
+    return as_tensors(found.flat, source) if arrays == "torch" else found.state
+
+
+def as_tensors(found: FlatState, source: str) -> Any:
+    """Returns what was found in dicts, lists and tuples, its arrays as torch tensors.
+
+    Raises:
+        BackupMismatchError: If one has a dtype that torch has not.
+    """
+    noted = {path for path, _, _ in found.notes}  # numbers, and PRNG keys of JAX
+    leaves: list[Any] = []
+    for path, leaf in zip(found.paths, found.leaves, strict=True):
+        try:
+            leaves.append(np.asarray(leaf) if path in noted else make_tensor(leaf))
+        except TypeError as e:
+            raise BackupMismatchError(
+                f"{source}: expected arrays that torch can hold, found {_show(leaf)} at "
+                f"{'/'.join(path)!r}. Restore NumPy arrays: leave `arrays` out."
+            ) from e
+    return unflatten(found.paths, leaves, found.notes)
 
 
 def fit_to(like: Any, found: FlatState, source: str) -> Any:
@@ -103,7 +152,7 @@ def _difference(
     return ""
 
 
-def _show(array: HostArray | ArrayForm) -> str:
+def _show(array: SavedArray | ArrayForm) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, cast
 
@@ -294,10 +294,11 @@ def rebuild(like: Any, leaves: Iterator[Any], open_leaf: Opener) -> Any:
 def _rebuild_dict(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(like) is dict:
         return items
-    if isinstance(like, MutableMapping):  # with its own order, or what it makes of missing keys
+    if isinstance(like, dict):  # with its own order, or what it makes of missing keys
         again = copy(like)
         again.update(items)
         return again
+    # Not by `copy`, which may share what the mapping wraps: `like` would be changed.
     return cast("Any", type(like))(items)
 
 

@@ -21,6 +21,7 @@ __all__ = (
     "describe_all",
     "holds",
     "make_like",
+    "make_tensor",
     "open_leaf",
     "regions_here",
     "settle",
@@ -109,6 +110,15 @@ def make_like(array: SavedArray, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return array
     return array[()] if isinstance(like, np.generic) else type(like)(array.item())
+
+
+def make_tensor(array: SavedArray) -> Any:
+    """Returns a torch tensor on the host, in memory of its own.
+
+    Raises:
+        TypeError: If torch has no such dtype.
+    """
+    return _module("torch").make(np.asarray(array))
 
 
 def assign(variable: Any, array: SavedArray, *, may_compile: bool = False) -> bool:

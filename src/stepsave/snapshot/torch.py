@@ -23,6 +23,7 @@ __all__ = (
     "describe",
     "has_room",
     "is_on_accelerator",
+    "make",
     "make_like",
     "make_pins",
     "make_stage",
@@ -123,6 +124,17 @@ signature = operator.attrgetter("shape", "dtype", "device", "layout")
 @functools.cache
 def _host_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _view(torch.empty(0, dtype=dtype)).dtype
+
+
+def make(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Returns a tensor on the host. The memory is its own.
+
+    Raises:
+        TypeError: If torch has no such dtype.
+    """
+    dtype = next((name for name, (_, host) in _BITS.items() if host == array.dtype), None)
+    source = torch.from_numpy(array) if dtype is None else _from_bits(array, dtype)
+    return source.clone()
 
 
 def make_like(array: np.ndarray[Any, Any], like: torch.Tensor) -> torch.Tensor:
