@@ -85,7 +85,8 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[cli]" --group backends --group test --group packaging
+	$(BIN)/python -m pip install --quiet -e ".[cli]" --group backends --group test \
+	  --group packaging --group recipes
 	@touch $@
 
 $(VENV)/.oldest-keras: pyproject.toml $(VENV)/.test
