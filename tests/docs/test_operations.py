@@ -3,6 +3,7 @@
 import http.server
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from bucket_support import HOST, put, s3, s3_environment, s3_target
-from document_support import Script, blocks
+from document_support import ROOT, Script, blocks
 
 import stepsave
 
@@ -169,6 +170,18 @@ def counts_as_failure(job, container, exit_code):
         if exit_code in codes["values"] and codes["containerName"] == container:
             return (codes["operator"], rule["action"]) != ("In", "Ignore")
     return True
+
+
+def test_no_page_shows_code_that_is_not_run():
+    pages = [*(ROOT / "docs/recipes").glob("*.md"), *(ROOT / "docs/operations").glob("*.md")]
+    shown = {page.stem: re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE) for page in pages}
+    assert shown.pop("slurm") == ["bash"]
+    assert shown.pop("kubernetes") == ["yaml"]
+    assert shown.pop("spot") == ["yaml", "bash"]
+    assert (ROOT / "docs/operations/README.md").read_text().count("```") == 4
+    assert (ROOT / "docs/recipes/README.md").read_text().count("```") == 0
+    del shown["README"]
+    assert set(map(tuple, shown.values())) == {("python",)}
 
 
 def test_a_job_of_kubernetes_says_what_the_page_promises():

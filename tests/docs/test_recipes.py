@@ -1,6 +1,5 @@
 """The recipes run as they are written; a training that is killed ends as one that is not."""
 
-import random
 import signal
 import time
 
@@ -10,7 +9,7 @@ from document_support import ROOT, Script, blocks
 
 import stepsave
 
-STEPS, SAVED_EVERY = 80, 5
+STEPS, EPOCH, SAVED_EVERY = 80, 20, 5
 QUICK = ("torch", "flax-nnx")
 RECIPES = (*QUICK, "equinox", "lightning", "transformers")
 PREEMPTED = [name for name in RECIPES if name != "equinox"]  # whose page refers to another one
@@ -66,12 +65,14 @@ def steps_of(lines):
     return [int(step.removeprefix("step ")) for step in losses(lines)]
 
 
-def wait_for_backup(folder):
-    for _ in range(2400):
+def wait_for_backup(folder, step):
+    for _ in range(1200):
         if (folder / "backup" / "COMMIT").exists():
-            return
+            backup = stepsave.restore(folder / "backup")
+            if backup is not None and backup.step >= step:
+                return
         time.sleep(0.05)
-    raise AssertionError(f"nothing was saved in {folder}")
+    raise AssertionError(f"step {step} was not saved in {folder}")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,8 @@ def test_a_training_that_is_killed_and_told_to_end_ends_as_one_that_is_not(name,
     whole = Script.python(write(name, tmp_path / "whole"))
 
     killed = Script.python(stopped)
-    killed.read_to("step 12:")
-    wait_for_backup(stopped.parent)
-    time.sleep(random.Random(name).uniform(0, 0.03))  # its threads may be saving meanwhile
+    killed.read_to(f"step {EPOCH + 2}:")
+    wait_for_backup(stopped.parent, EPOCH)  # it stands still, but for the threads that save
     killed.kill()
     told = Script.python(stopped)
     told.read_to("step 47:")
@@ -98,12 +98,11 @@ def test_a_training_that_is_killed_and_told_to_end_ends_as_one_that_is_not(name,
     last = run(stopped)
 
     begun = [steps_of(lines)[0] for lines in (killed.lines, told.lines, last)]
-    assert begun[0] == 1
-    assert begun[1] in range(1 + SAVED_EVERY, 17, SAVED_EVERY)
+    assert begun[:2] == [1, EPOCH + 1]
     if name in PREEMPTED:
         assert begun[2] == steps_of(told.lines)[-1] + 1
     else:
-        assert begun[2] in range(begun[1] + SAVED_EVERY, 52, SAVED_EVERY)
+        assert begun[2] in range(EPOCH + 1, 52, SAVED_EVERY)
     expected = losses(finish(whole))
     assert len(expected) == STEPS
     for lines in (killed.lines, told.lines, last):
