@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from stepsave import rng
     from stepsave.engine.checkpointer import Checkpointer
     from stepsave.engine.frequency import SaveFrequency
+    from stepsave.engine.report import SaveReport
     from stepsave.engine.restoring import restore
     from stepsave.engine.saves import SaveHandle
     from stepsave.errors import (
@@ -55,6 +56,7 @@ __all__ = (
     "SaveFailedWarning",
     "SaveFrequency",
     "SaveHandle",
+    "SaveReport",
     "SaveStats",
     "StepsaveError",
     "TrainingPosition",
@@ -71,6 +73,7 @@ _HOMES = {
     "Checkpointer": "stepsave.engine.checkpointer",
     "SaveFrequency": "stepsave.engine.frequency",
     "SaveHandle": "stepsave.engine.saves",
+    "SaveReport": "stepsave.engine.report",
     "SaveStats": "stepsave.format.records",
     "TrainingPosition": "stepsave.position",
     "restore": "stepsave.engine.restoring",

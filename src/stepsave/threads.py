@@ -19,13 +19,14 @@ import _thread
 import contextlib
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from types import CodeType
 from typing import Any, Generic, TypeVar, cast
 
-__all__ = ("Call", "Crew", "Fate", "Latch", "is_running")
+__all__ = ("Call", "Clock", "Crew", "Fate", "Latch", "is_running")
 
 T = TypeVar("T")
 
@@ -92,6 +93,27 @@ class Fate:
         return self._is.setdefault(None, "dropped") == "dropped"
 
 
+class Clock:
+    """How much CPU time the threads of a crew have taken, those that have ended included.
+
+    Of each, until the end of its last task: a thread cannot be asked by another one without
+    knowing that it is still there.
+    """
+
+    __slots__ = ("_each_s",)
+
+    def __init__(self) -> None:
+        self._each_s: dict[object, float] = {}
+
+    def note(self, thread: object) -> None:
+        """For a thread of the crew, by any object of its own."""
+        self._each_s[thread] = time.thread_time()
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(list(self._each_s.values()))
+
+
 class Crew:
     """Threads that take tasks from one queue, in order.
 
@@ -118,6 +140,11 @@ class Crew:
         if start.error is not None:
             raise start.error
         self._threads = start.threads
+
+    @property
+    def clock(self) -> Clock:
+        """Of its threads; outlives it."""
+        return self._post.clock
 
     def put(self, task: Task) -> None:
         """Has a thread of the crew do a task. A single step: it is done, or was never put."""
@@ -178,6 +205,7 @@ class _Post:
 
     def __init__(self, count: int) -> None:
         self.queue: SimpleQueue[Task | None] = SimpleQueue()
+        self.clock = Clock()
         self.has_ended = False
         self._left = count
         self._guard = threading.Lock()
@@ -185,12 +213,14 @@ class _Post:
 
     def serve(self) -> None:
         """Does tasks until the end, in a thread of the crew."""
+        me = object()
         while True:
             task = self.queue.get()
             if task is None:
                 break
             task()
             del task  # what it was about must not live on until the next one comes
+            self.clock.note(me)
         self.leave(1)
 
     def leave(self, count: int) -> None:

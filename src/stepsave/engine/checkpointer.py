@@ -18,12 +18,13 @@ from stepsave.engine.arguments import (
 )
 from stepsave.engine.likeness import ArrayKind, check_arrays, needs_of, shape_state
 from stepsave.engine.opening import Place
+from stepsave.engine.outcomes import Outcomes
 from stepsave.engine.reader import Needs, StoredBackup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
-from stepsave.format.records import Backup, BackupRecord, SaveStats
+from stepsave.format.records import Backup, BackupRecord
 from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import describe_all, open_leaf
@@ -36,7 +37,7 @@ __all__ = ("Checkpointer", "WhenBusy", "WriterKind")
 WhenBusy = Literal["wait", "skip"]
 
 
-class Checkpointer:
+class Checkpointer(Outcomes):
     """Saves the state of a training in the background and restores the last durable one.
 
     A directory belongs to one checkpointer at a time. Methods are called from one thread.
@@ -103,6 +104,7 @@ class Checkpointer:
         self._close_error: BaseException | None = None
         self._structure = StructureText()
         self._keeper, self._helpers = start_threads(self.directory, lanes)
+        self._log.clocks += self._keeper.clock, self._helpers.clock
         self._capture = Capture(self._helpers, self._log.drain, snapshot, place.team)
         self._directory = place.make_directory(self._log, self._helpers)
         try:
@@ -210,7 +212,7 @@ class Checkpointer:
         self._log.raise_failed(but_for_outages=True)
         step = check_step(step, self._last_step, self.directory)
         training = encode_training(step, metadata, structure)
-        handle = SaveHandle(step)
+        handle = SaveHandle(step, began_s)
         if not self._directory.saves_here:
             describe_all(paths, leaves)  # what process 0 refuses, all refuse
             self._last_step = handle.leave()
@@ -224,13 +226,12 @@ class Checkpointer:
             self._keeper.put(functools.partial(self._directory.pass_over, step))
         else:
             handle.bytes = snapshot.share.plan.state_bytes
-            request = SaveRequest(snapshot, handle, training, began_s)
+            request = SaveRequest(snapshot, handle, training)
             # The step by which the save happens: before it nobody writes, after it somebody does.
             self._keeper.put(functools.partial(self._directory.write, request))
             self._last_step = handle.step
             self._log.add(handle)
         self._unfinished = None
-        handle.stall_s = time.perf_counter() - began_s
         self._log.add_cost(handle)
         return handle
 
@@ -293,17 +294,6 @@ class Checkpointer:
         self._check_usable()
         self._capture.free_device_memory()
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Returns when every save so far is durable.
-
-        Raises:
-            SaveFailedError: If one failed and nobody was told yet.
-            TimeoutError: If they have not ended within `timeout_s` seconds altogether.
-        """
-        self._settle()
-        self._log.drain(timeout_s)
-        self.raise_failed()
-
     def upload(self) -> None:
         """Brings the newest backup into the bucket too, if there are both (`local_dir=`).
 
@@ -313,28 +303,6 @@ class Checkpointer:
         self.wait()
         self._keeper.call(self._directory.upload)
         self.raise_failed()
-
-    def drain(self) -> None:
-        """Returns when no save is in flight; failures stay to be raised."""
-        self._settle()
-        self._log.drain()
-
-    def raise_failed(self, *, but_for_outages: bool = False) -> None:
-        """Raises `SaveFailedError` if a save failed and nobody was told yet; see `SaveLog`."""
-        self._log.raise_failed(but_for_outages=but_for_outages)
-
-    @property
-    def in_flight(self) -> int:
-        """Number of saves that have not ended."""
-        return len(self._log.in_flight)
-
-    def stats(self) -> SaveStats:
-        """Sums up what saving has cost; medians are over the last 1000 saves."""
-        return self._log.stats(
-            arena_count=self._capture.arena_count,
-            arena_bytes=self._capture.arena_bytes,
-            writer=self._directory.writer_name,
-        )
 
     def close(self, *, delete_backup: bool = False, ended: bool = False) -> None:
         """Waits for saves in flight and lets go of the directory. May be called twice.
@@ -372,6 +340,7 @@ class Checkpointer:
         except BaseException as e:  # noqa: BLE001  raised by `close`, by another one if need be
             self._close_error = e
         self._directory.release(remove=delete_backup and self._close_error is None)
+        self._log.timeline.close()
         self._keeper.end()
         self._helpers.end()
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
 
+from stepsave.engine.timeline import Course, Timeline
 from stepsave.errors import BucketError, PeerError, SaveFailedError, SaveFailedWarning
 from stepsave.format.records import SaveStats
 from stepsave.snapshot.arena import Claim
-from stepsave.threads import Latch
+from stepsave.threads import Clock, Latch
 
 __all__ = ("SaveHandle", "SaveLog")
 
 _PASSING = (BucketError, PeerError)
 """What a training need not end for: the next save may go well."""
-
-_STATS_WINDOW = 1000  # saves over which medians are taken; bounds the memory they need
 
 
 class SaveHandle:
@@ -38,8 +35,10 @@ class SaveHandle:
         by_another: True if another process of the training saves, and this one has nothing to do.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, began_s: float) -> None:
+        """Makes the handle of a save whose call began then, by `time.perf_counter`."""
         self.step = step
+        self.course = Course(step, began_s)
         self.bytes = self.changed_bytes = self.written_bytes = 0
         self.skipped = self.by_another = False
         self.stall_s = 0.0
@@ -151,12 +150,8 @@ class SaveLog:
     def __init__(self) -> None:
         self._open: list[SaveHandle] = []  # in flight, or failed and nobody was told
         self.last_failed = False
-        self._started = self._committed = self._failed = self._skipped = self._bytes = 0
-        self._skipped_late = 0
-        self._changed_bytes = self._written_bytes = 0
-        self._stalls_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
-        self._durables_s: collections.deque[float] = collections.deque(maxlen=_STATS_WINDOW)
-        self._stall_total_s = self._stall_max_s = 0.0
+        self.timeline = Timeline()
+        self.clocks: list[Clock] = []  # of the threads that work for it
         # Of backups that are uploaded: what nobody was told yet, and which one is there since when.
         self._failed_uploads: list[tuple[int, BaseException]] = []
         self._uploaded: tuple[int, float] | None = None
@@ -173,32 +168,29 @@ class SaveLog:
         """Takes note of a save that was begun; a second time changes nothing."""
         if handle not in self._open:
             self._open.append(handle)
-            self._started += 1
-            self._bytes += handle.bytes
+            handle.course.state_bytes = handle.bytes
+            self.timeline.begin(handle.course)
 
     def add_cost(self, handle: SaveHandle) -> None:
         """Counts how long the caller was held up, or that the save was skipped."""
+        handle.stall_s = time.perf_counter() - handle.course.began_s
         if handle.skipped:
-            self._skipped += 1
-            return
-        self._stalls_s.append(handle.stall_s)
-        self._stall_total_s += handle.stall_s
-        self._stall_max_s = max(self._stall_max_s, handle.stall_s)
-
-    def count_skipped(self) -> None:
-        """For the thread that writes: a save was given up, as another process skipped it."""
-        self._skipped_late += 1
-
-    def count_end(self, handle: SaveHandle, durable_s: float | None) -> None:
-        """For the thread that writes: a save has ended."""
-        self._changed_bytes += handle.changed_bytes
-        self._written_bytes += handle.written_bytes
-        self.last_failed = durable_s is None
-        if durable_s is None:
-            self._failed += 1
+            self.timeline.skip(handle.course)
         else:
-            self._committed += 1
-            self._durables_s.append(durable_s)
+            self.timeline.stall(handle.course, handle.stall_s)
+
+    def count_skipped(self, handle: SaveHandle) -> None:
+        """For the thread that writes: a save was given up, as another process skipped it."""
+        self.timeline.skip_late(handle.course)
+
+    def count_end(self, handle: SaveHandle, *, committed: bool) -> float:
+        """For the thread that writes: a save has ended; returns how long that took."""
+        course = handle.course
+        course.changed_bytes, course.written_bytes = handle.changed_bytes, handle.written_bytes
+        ended_s = time.perf_counter()
+        self.timeline.end(course, ended_s, committed=committed)
+        self.last_failed = not committed
+        return ended_s - course.began_s
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Returns when no save is in flight; failures stay untold.
@@ -252,18 +244,19 @@ class SaveLog:
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:
         """Sums up; medians are over the last thousand saves."""
+        timeline = self.timeline
         return SaveStats(
-            started=self._started,
-            committed=self._committed,
-            failed=self._failed,
-            skipped=self._skipped + self._skipped_late,
-            state_bytes=self._bytes,
-            changed_bytes=self._changed_bytes,
-            written_bytes=self._written_bytes,
-            stall_total_s=self._stall_total_s,
-            stall_median_s=_median(self._stalls_s),
-            stall_max_s=self._stall_max_s,
-            durable_median_s=_median(self._durables_s),
+            started=timeline.started,
+            committed=timeline.committed,
+            failed=timeline.failed,
+            skipped=timeline.skipped,
+            state_bytes=timeline.state_bytes,
+            changed_bytes=timeline.changed_bytes,
+            written_bytes=timeline.written_bytes,
+            stall_total_s=timeline.stall_total_s,
+            stall_median_s=_median(timeline.stalls_s()),
+            stall_max_s=timeline.stall_max_s,
+            durable_median_s=_median(timeline.durables_s()),
             arena_count=arena_count,
             arena_bytes=arena_bytes,
             writer=writer,
@@ -284,6 +277,5 @@ def _raise_or_warn(text: str, error: BaseException, *, warns: bool) -> None:
     warnings.warn(f"stepsave: {text}", SaveFailedWarning, 6)
 
 
-def _median(values: Iterable[float]) -> float:
-    values = list(values)  # in one step: another thread may add one
+def _median(values: list[float]) -> float:
     return statistics.median(values) if values else math.nan

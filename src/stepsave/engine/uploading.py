@@ -191,6 +191,7 @@ class Uploader:
         self._call: Call[None] | None = None
         try:
             self._crew = Crew(_LANES, "stepsave-uploader")
+            log.clocks.append(self._crew.clock)
         except RuntimeError as e:
             raise BackupDirectoryError(
                 f"{place}: cannot start {_LANES} threads for uploads: {e}. Raise the limit "

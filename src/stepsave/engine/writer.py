@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -52,13 +51,11 @@ class SaveRequest:
         snapshot: The state.
         handle: Told when the save ends.
         training: Contents of `training.json`.
-        began_s: When `save` was called, by `time.perf_counter`.
     """
 
     snapshot: Snapshot
     handle: SaveHandle
     training: bytes
-    began_s: float
 
 
 def carry_out(
@@ -79,18 +76,17 @@ def carry_out(
     if not handle.claim.accept():
         pass_over(handle.step)  # the call that claimed it was interrupted
         return
-    durable_s, error = None, None
+    error = None
     try:
         save(request)
-        durable_s = time.perf_counter() - request.began_s
     except SkippedError:
-        log.count_skipped()
+        log.count_skipped(handle)
         handle.skip()
         return
     except BaseException as e:  # noqa: BLE001  kept, and raised to the user by the handle
         error = e
-    log.count_end(handle, durable_s)
-    handle.end(durable_s, error)
+    took_s = log.count_end(handle, committed=error is None)
+    handle.end(None if error else took_s, error)
 
 
 class Writer:
@@ -142,7 +138,7 @@ class Writer:
                 order = Order(handle.step, directory, held, crc32c(training))
                 self._leading.begin(order)
             known = None if written is None else written.contents
-            digests, written_bytes = self._shards.write(directory, snapshot, known)
+            digests, written_bytes = self._shards.write(directory, snapshot, known, handle.course)
             held = snapshot.filling.held
             handle.changed_bytes, handle.written_bytes = held.changed_bytes(), written_bytes
         finally:
