@@ -122,7 +122,8 @@ class FollowerDirectory(ReadOnlyDirectory):
         written = self._written.pop(order.held, None)
         is_known = written is not None and written.plan is snapshot.blueprint.plan
         known = written.contents if written is not None and is_known else None
-        digests, written_bytes = self._shards.write(order.directory, snapshot, known, handle.course)
+        with handle.course.writing():
+            digests, written_bytes = self._shards.write(order.directory, snapshot, known)
         handle.changed_bytes = snapshot.filling.held.changed_bytes()
         handle.written_bytes = written_bytes
         files: list[FileRecord] = []

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-import time
 from collections.abc import Callable
 
-from stepsave.engine.timeline import Course
 from stepsave.format import orbax
 from stepsave.format.records import LayoutPlan
 from stepsave.snapshot.capture import Snapshot
@@ -41,7 +39,7 @@ class Shards:
         self._lanes = lanes
 
     def write(
-        self, directory: str, snapshot: Snapshot, known: Contents | None, course: Course
+        self, directory: str, snapshot: Snapshot, known: Contents | None
     ) -> tuple[tuple[int, ...], int]:
         """Writes the shards of a snapshot durably, as it is being filled.
 
@@ -49,12 +47,10 @@ class Shards:
             directory: Name of the backup.
             snapshot: The state.
             known: What the shards hold already; None if that is not known.
-            course: Of the save; takes note when that begins and ends.
 
         Returns:
             What `BackupRecord.shard_digests` describes, and how many bytes were written.
         """
-        course.write_began_s = time.perf_counter()
         share = snapshot.share
         write = self._open(directory, snapshot.blueprint.plan, share.shards.start)
         count = len(share.shards)
@@ -65,7 +61,6 @@ class Shards:
             digests[number] = snapshot.arena.digest(number)
 
         self._helpers.share(range(count), write_one, helpers=max(0, min(self._lanes, count) - 1))
-        course.write_ended_s = time.perf_counter()
         return tuple(digests), sum(written_bytes)
 
     def _open(self, directory: str, plan: LayoutPlan, first: int) -> _WriteOne:

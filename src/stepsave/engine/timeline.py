@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Generator
 from typing import Literal
 
 __all__ = ("RECENT_SAVES", "Course", "Outcome", "SaveRecord", "Timeline")
@@ -70,6 +72,13 @@ class Course:
         self.write_ended_s: float | None = None
         self.ended_s: float | None = None
         self.state_bytes = self.changed_bytes = self.written_bytes = 0
+
+    @contextlib.contextmanager
+    def writing(self) -> Generator[None]:
+        """Takes note of when its bytes are written; that they were, unless something is raised."""
+        self.write_began_s = time.perf_counter()
+        yield
+        self.write_ended_s = time.perf_counter()
 
     def record(self, origin_s: float) -> SaveRecord:
         """Returns how far it has come, with times since `origin_s`."""

@@ -138,7 +138,8 @@ class Writer:
                 order = Order(handle.step, directory, held, crc32c(training))
                 self._leading.begin(order)
             known = None if written is None else written.contents
-            digests, written_bytes = self._shards.write(directory, snapshot, known, handle.course)
+            with handle.course.writing():
+                digests, written_bytes = self._shards.write(directory, snapshot, known)
             held = snapshot.filling.held
             handle.changed_bytes, handle.written_bytes = held.changed_bytes(), written_bytes
         finally:

@@ -22,13 +22,13 @@ from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.keras_names import KerasFiles
 from stepsave.fit.loop import FitLoop, forget_interrupted
 from stepsave.fit.open_directories import check_kept, close_directory, take_directory
-from stepsave.fit.passing_over import tell
 from stepsave.fit.phases import Phases
 from stepsave.fit.preemption import PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq, steps_of
+from stepsave.fit.reporting import Reporting
 from stepsave.fit.resuming import Resuming
 from stepsave.fit.state import BeforeValidation, Cut, FitState, RestoredFit
-from stepsave.format.records import BackupRecord, SaveStats
+from stepsave.format.records import BackupRecord
 from stepsave.position import TrainingPosition
 from stepsave.snapshot.staging import SnapshotMode
 from stepsave.store.places import Target, name_of
@@ -36,7 +36,7 @@ from stepsave.store.places import Target, name_of
 __all__ = ("BackupAndRestore",)
 
 
-class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
+class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callback):
     """Backs up the training state in the background and restores it after an interruption.
 
     A drop-in for `keras.callbacks.BackupAndRestore`. Training waits only until the state is
@@ -74,6 +74,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         writer_threads: int | None = None,
         local_dir: str | os.PathLike[str] | None = None,
         upload_every: int | str = 1,
+        log_metrics: bool = False,
         verbose: int = 0,
     ) -> None:
         """Makes the callback; the directory is opened when `fit` begins.
@@ -106,7 +107,9 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             local_dir: A directory of a fast disk, if `backup_dir` is a bucket: saves go there, and
                 the newest goes up in the background. Restored is the newest all processes have.
             upload_every: How often: a number of saves, or a time, such as `"30s"`.
-            verbose: 1 prints a line per save and restore.
+            log_metrics: Whether the logs of each epoch, and so the history and what other callbacks
+                record, have the cost of saves too, as `stepsave_stall_s` and the like.
+            verbose: 1 prints a line per save and restore, and a report at the end.
 
         Raises:
             ValueError: If an argument is invalid.
@@ -131,6 +134,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self.snapshot: SnapshotMode = snapshot
         self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
         self._tiers = {"local_dir": local_dir, "upload_every": upload_every}
+        self.log_metrics = log_metrics
         self.verbose = verbose
         self._begin_fresh()
 
@@ -138,7 +142,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._saver: Checkpointer | None = None
         self._close_at_exit: weakref.finalize[Any, Any] | None = None
         self._last_records: tuple[BackupRecord | None, BackupRecord | None] = (None, None)
-        self._last_stats: SaveStats | None = None
+        self._last_report = self._logged = None
         self._signals: PreemptionSignals | None = None
         self._reset()
 
@@ -159,10 +163,6 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._end: Cut | None = None  # of the epoch's batches
         self._before_validation: BeforeValidation | None = None
 
-    def stats(self) -> SaveStats | None:
-        """What saving has cost in this fit, or the last one; None before the first."""
-        return self._last_stats if self._saver is None else self._saver.stats()
-
     @property
     def frequency(self) -> str:
         """What `save_freq="auto"` has chosen, and why, in one line; empty if it was not asked."""
@@ -181,6 +181,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         self._companions, self._phases = Companions.of(fit, self), Phases(self.backup_dir, model)
         if fit is not None and exact:
             self._loop = FitLoop.of(fit, model, self)
+        self._log_first(fit)
         self._state = FitState(model, self._loop, self._phases, with_history=self.history == "all")
         resuming = Resuming(model, fit, self._loop, self._phases, (self.params or {}).get("epochs"))
         self._restored = resuming.begin(saver, self._companions, self, self._siblings)
@@ -221,10 +222,11 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
         try:
             close_directory(saver, self._close_at_exit, deletes=self.delete_checkpoint, keeps=keeps)
         finally:
-            self._last_stats = saver.stats()
+            self._last_report = self.report()
         self._saver = None
         if self._phases is not None:
             self._phases.end()
+        self._tell_report()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         # `fit` has read it. Left there, the next `fit` of this model would skip epochs.
@@ -239,6 +241,7 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
             self._state.begin_epoch()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._log_metrics(logs)
         self._current_epoch = epoch + 1
         self._last_batch_seen = 0
         if self._loop is None:
@@ -246,7 +249,8 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def after_epoch_end(self, epoch: int) -> None:
         """Called when all callbacks know that the epoch has ended; they have changed the rate."""
-        self._progress.advance(self._progress.told_ended)  # it may have been stopped within
+        # It may have been stopped within.
+        self._progress.advance(self._progress.told_ended, timed=False)
         self._in_epoch = False
         if self.save_freq == "epoch" or self._progress.save_is_due:
             self._save(epoch + 1, 0)
@@ -393,7 +397,3 @@ class BackupAndRestore(FreshCopies, KerasFiles, keras.callbacks.Callback):
 
     def _trained_model(self) -> Any:  # on JAX `self.model` puts the state back at each access
         return keras_internals.unwrap(self._model)
-
-    def _tell(self, message: str) -> None:
-        if self.verbose:
-            tell(f"\n{message}")

@@ -13,6 +13,7 @@ from stepsave.engine.arguments import parse_time_s
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.engine.frequency import SaveFrequency
 from stepsave.engine.peers import Board, find_peers
+from stepsave.engine.step_times import StepTimes
 
 __all__ = ("Progress", "check_save_freq", "steps_of")
 
@@ -63,6 +64,7 @@ class Progress:
         steps: Batches of an epoch, if known.
         global_step: Batches trained since the beginning.
         save_is_due: Whether a save became due since the last one.
+        times: How long what `fit` does at once takes: a batch, or `steps_per_execution` of them.
     """
 
     __slots__ = (
@@ -76,6 +78,7 @@ class Progress:
         "save_freq",
         "save_is_due",
         "steps",
+        "times",
     )
 
     def __init__(self, save_freq: str | int, max_overhead: float, mtbf_s: float | None) -> None:
@@ -98,6 +101,7 @@ class Progress:
         self._begun = 0
         # As told, perhaps from several of Keras's dispatch threads, which come in any order.
         self._ended: collections.deque[int] = collections.deque([0], maxlen=_ENDED)
+        self.times = StepTimes()
 
     def begin_fit(self, saver: Checkpointer, computed: Callable[[Checkpointer], object]) -> None:
         """Takes note that training begins, by which time saves may be due.
@@ -122,6 +126,7 @@ class Progress:
         self.steps = steps
         self.batches_done = self._begun = 0
         self._ended = collections.deque([0], maxlen=_ENDED)
+        self.times.begin(at_once=True)
 
     def begin_batch(self, batch: int) -> None:
         """Takes note that a batch of this epoch, counted from 0, begins."""
@@ -143,15 +148,19 @@ class Progress:
     def go_on_at(self, batch: int) -> None:
         """Takes note that the epoch goes on after batches that are counted already."""
         self.batches_done = batch
+        # On the way there batches may be passed over: no step.
+        self.times.begin(at_once=batch == 0)
 
-    def advance(self, batches_done: int) -> None:
-        """Takes note that so many batches of this epoch are done."""
+    def advance(self, batches_done: int, *, timed: bool = True) -> None:
+        """Takes note that so many batches of this epoch are done, if `timed` just now."""
         if self.steps is not None and batches_done > self.steps:
             # With several steps per execution Keras numbers the last one as if it were full.
             batches_done = self.steps
         passed = batches_done - self.batches_done
         if passed <= 0:
             return
+        if timed:
+            self.times.note()
         before = self.global_step
         self.batches_done = batches_done
         self.global_step += passed

@@ -1,0 +1,110 @@
+"""What a callback tells of its saves: as figures, as a report, and in the logs of each epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.report import SaveReport
+from stepsave.fit.keras_internals import RunningFit
+from stepsave.fit.passing_over import tell
+from stepsave.fit.progress import Progress
+from stepsave.format.records import SaveStats
+
+__all__ = ("Reporting",)
+
+
+class Reporting:
+    """The part of the callback that is asked what saving has cost."""
+
+    verbose: int
+    log_metrics: bool
+    _tiers: dict[str, Any]
+    _saver: Checkpointer | None
+    _progress: Progress
+    _last_report: SaveReport | None
+    _logged: SaveStats | None
+
+    def stats(self) -> SaveStats | None:
+        """What saving has cost in this fit, or the last one; None before the first."""
+        if self._saver is not None:
+            return self._saver.stats()
+        return None if self._last_report is None else self._last_report.stats
+
+    def report(self) -> SaveReport | None:
+        """The same, with when each save and step was, to be read, drawn or kept.
+
+        To be called by the thread of `fit`, or after it, however it ended. Steps are timed from one
+        to the next as they are dispatched: with `steps_per_execution`, what is done at once.
+
+        Returns:
+            None before the first fit.
+        """
+        if self._saver is None:
+            return self._last_report
+        return self._saver.report(steps=self._progress.times.summary())
+
+    def _tell(self, message: str) -> None:
+        if self.verbose:
+            tell(f"\n{message}")
+
+    def _tell_report(self) -> None:
+        report = self._last_report
+        if self.verbose and report is not None and report.saves:
+            tell(str(report))
+
+    def _log_first(self, fit: RunningFit | None) -> None:
+        """Has figures in the logs of each epoch before any callback of the `fit` sees them."""
+        self._logged = None
+        if self.log_metrics and fit is not None:
+            others = [other for other in fit.callbacks.callbacks if not _is_first(other, self)]
+            # Another list: Keras is going through the present one, and would call us twice.
+            fit.callbacks.callbacks = [_First(self._log_metrics), *others]
+
+    def _log_metrics(self, logs: Any) -> None:
+        """Adds figures to the logs of an epoch, unless another callback of ours has done so."""
+        if not self.log_metrics or self._saver is None or not isinstance(logs, dict):
+            return
+        if "stepsave_saves" in logs:
+            return
+        report = self._saver.report()
+        stats, before = report.stats, self._logged
+        for key, name in _OF_EPOCH.items():
+            value = getattr(stats, name)
+            logs[key] = value if before is None else value - getattr(before, name)
+        logs["stepsave_backup_age_s"] = report.age_s
+        if self._tiers["local_dir"] is not None:
+            age_s = stats.remote_age_s
+            logs["stepsave_remote_age_s"] = report.elapsed_s if math.isnan(age_s) else age_s
+        self._logged = stats
+
+
+_OF_EPOCH = {
+    "stepsave_saves": "committed",
+    "stepsave_skipped": "skipped",
+    "stepsave_failed": "failed",
+    "stepsave_stall_s": "stall_total_s",
+}
+"""What is logged of an epoch, by what it is called in `SaveStats`."""
+
+
+class _First(keras.callbacks.Callback):
+    """The first of the callbacks of a `fit`."""
+
+    async_safe = True
+
+    def __init__(self, log: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.log = log
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self.log(logs)
+
+
+def _is_first(callback: Any, owner: object) -> bool:
+    """Whether it was put there by `owner`, in an earlier `fit` with the same `CallbackList`."""
+    return isinstance(callback, _First) and getattr(callback.log, "__self__", None) is owner
