@@ -21,7 +21,8 @@ _STYLE = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
     "axes.titlelocation": "left",
     "grid.color": "#d8dee4",
     "legend.frameon": False,
@@ -183,8 +184,10 @@ def _draw_saves(axes: Any, saves: Sequence[SaveRecord], time_unit_s: float) -> N
     axes.set_ylim(bottom=0)
     axes.set_title("Saves")
     axes.set_ylabel(f"time since the call of save, {unit}")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(ncols=6, **_LEGEND)
+    # Bars first; by itself matplotlib begins with what failed.
+    handles = [*axes.containers, *axes.get_lines()]
+    if handles:
+        axes.legend(handles=handles, ncols=6, **_LEGEND)
 
 
 def _phases(save: SaveRecord) -> list[tuple[str, float, float]]:

@@ -15,7 +15,7 @@ from stepsave.engine.step_times import StepSummary
 from stepsave.engine.timeline import SaveRecord
 from stepsave.engine.trace import encode_trace
 from stepsave.format.records import SaveStats
-from stepsave.store.local import LocalStore
+from stepsave.store.local import TEMPORARY_SUFFIX, LocalStore
 
 __all__ = ("SaveReport",)
 
@@ -157,7 +157,7 @@ class SaveReport:
         if stats.started:
             median_s = stats.stall_median_s
             spread = _spread(median_s, self.stall_p99_s, stats.stall_max_s)
-            yield "training held up", f"{spread}   {self.stall_share:.2%} of the time"
+            yield "training held up", f"{spread}   {_digits(100 * self.stall_share)} % of the time"
         if stats.committed:
             spread = _spread(stats.durable_median_s, self.durable_p99_s, self.durable_max_s)
             rate = self.write_bytes_per_s
@@ -232,4 +232,9 @@ def _read(kind: type[Any], facts: Mapping[str, Any]) -> Any:
 
 def _replace(path: str | os.PathLike[str], data: bytes) -> None:
     folder, name = os.path.split(os.path.abspath(path))
-    LocalStore(folder).replace(name, data)
+    store = LocalStore(folder)
+    try:
+        store.replace(name, data)
+    except OSError:
+        store.remove(name + TEMPORARY_SUFFIX)  # half of it, as the disk is full perhaps
+        raise

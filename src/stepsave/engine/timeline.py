@@ -126,6 +126,8 @@ class Timeline:
         self._recent: collections.deque[Course] = collections.deque(maxlen=RECENT_SAVES)
         # Kept apart, so that many of them do not push out those that were made.
         self._recent_skips: collections.deque[Course] = collections.deque(maxlen=RECENT_SAVES)
+        self._stalls_s: collections.deque[float] = collections.deque(maxlen=RECENT_SAVES)
+        self._durables_s: collections.deque[float] = collections.deque(maxlen=RECENT_SAVES)
         # When the state was captured that a crash would go back to; that of the first `save` is
         # not known before, so until then it is the beginning.
         self._newest_s = self.opened_s
@@ -144,6 +146,7 @@ class Timeline:
     def stall(self, course: Course, stall_s: float) -> None:
         """Takes note of how long its caller was held up."""
         course.stall_s = stall_s
+        self._stalls_s.append(stall_s)
         self.stall_total_s += stall_s
         self.stall_max_s = max(self.stall_max_s, stall_s)
 
@@ -172,6 +175,7 @@ class Timeline:
         # Whole blocks are written, and checksums with them: perhaps more than there is of state.
         self.unwritten_bytes += max(0, course.state_bytes - course.written_bytes)
         durable_s = ended_s - course.began_s
+        self._durables_s.append(durable_s)
         if not durable_s <= self.durable_max_s:  # the first is compared with NaN
             self.durable_max_s = durable_s
         self._worst_age_s = max(self._worst_age_s, ended_s - self._newest_s)
@@ -197,16 +201,15 @@ class Timeline:
 
     def stalls_s(self) -> list[float]:
         """How long callers of the last saves were held up."""
-        return [course.stall_s for course in list(self._recent) if course.stall_s is not None]
+        return list(self._stalls_s)  # in one step: another thread may add one
 
     def durables_s(self) -> list[float]:
         """How long the last saves took until they were durable."""
-        records = [course.record(self.opened_s) for course in list(self._recent)]
-        return [record.durable_s for record in records if record.durable_s is not None]
+        return list(self._durables_s)
 
     def records(self) -> list[SaveRecord]:
         """The last saves, and those that were skipped, in the order in which they began."""
-        courses = [*list(self._recent), *list(self._recent_skips)]
+        courses = list(self._recent) + list(self._recent_skips)
         return sorted(
             (course.record(self.opened_s) for course in courses), key=lambda each: each.began_s
         )
