@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any
-
-import keras
 
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.engine.report import SaveReport
@@ -60,10 +59,20 @@ class Reporting:
     def _log_first(self, fit: RunningFit | None) -> None:
         """Has figures in the logs of each epoch before any callback of the `fit` sees them."""
         self._logged = None
-        if self.log_metrics and fit is not None:
-            others = [other for other in fit.callbacks.callbacks if not _is_first(other, self)]
-            # Another list: Keras is going through the present one, and would call us twice.
-            fit.callbacks.callbacks = [_First(self._log_metrics), *others]
+        if not self.log_metrics or fit is None:
+            return
+        callbacks = weakref.ref(
+            fit.callbacks
+        )  # or it would hold itself, and model and data with it
+
+        def on_epoch_end(epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+            known = callbacks()
+            assert known is not None
+            logs = dict(logs or {})
+            self._log_metrics(logs)
+            type(known).on_epoch_end(known, epoch, logs)
+
+        fit.callbacks.on_epoch_end = on_epoch_end
 
     def _log_metrics(self, logs: Any) -> None:
         """Adds figures to the logs of an epoch, unless another callback of ours has done so."""
@@ -90,21 +99,3 @@ _OF_EPOCH = {
     "stepsave_stall_s": "stall_total_s",
 }
 """What is logged of an epoch, by what it is called in `SaveStats`."""
-
-
-class _First(keras.callbacks.Callback):
-    """The first of the callbacks of a `fit`."""
-
-    async_safe = True
-
-    def __init__(self, log: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.log = log
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self.log(logs)
-
-
-def _is_first(callback: Any, owner: object) -> bool:
-    """Whether it was put there by `owner`, in an earlier `fit` with the same `CallbackList`."""
-    return isinstance(callback, _First) and getattr(callback.log, "__self__", None) is owner
