@@ -206,7 +206,7 @@ def test_metrics_are_in_the_history_and_in_the_logs_of_all_callbacks(first, back
     assert history["stepsave_skipped"] == history["stepsave_failed"] == [0, 0, 0]
     assert sum(history["stepsave_stall_s"]) == pytest.approx(report.stats.stall_total_s)
     assert all(0 < age_s <= report.worst_age_s for age_s in history["stepsave_backup_age_s"])
-    assert [type(look.seen[0][key]) for key in KEYS] == [float, int, int, int, float]
+    assert {type(value) for value in look.seen[0].values()} == {float}
 
 
 def test_with_a_bucket_behind_the_disk_the_age_there_is_logged_and_told(memory, tmp_path):

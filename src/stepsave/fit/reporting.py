@@ -61,9 +61,7 @@ class Reporting:
         self._logged = None
         if not self.log_metrics or fit is None:
             return
-        callbacks = weakref.ref(
-            fit.callbacks
-        )  # or it would hold itself, and model and data with it
+        callbacks = weakref.ref(fit.callbacks)  # or it would hold itself
 
         def on_epoch_end(epoch: int, logs: Mapping[str, Any] | None = None) -> None:
             known = callbacks()
