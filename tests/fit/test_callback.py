@@ -61,6 +61,7 @@ def test_the_signature_is_that_of_the_readme():
         "writer_threads": None,
         "local_dir": None,
         "upload_every": 1,
+        "log_metrics": False,
         "verbose": 0,
     }
     assert issubclass(BackupAndRestore, keras.callbacks.Callback)
@@ -424,11 +425,13 @@ def test_verbose_prints_a_line_per_save_and_restore(backup_dir, capsys):
         f"Epoch 2: saving backup of step 14 to {backup_dir}",
     ]
     leave(callback)
-    fit(small_model(), BackupAndRestore(backup_dir, verbose=1), epochs=3)
+    callback = BackupAndRestore(backup_dir, verbose=1)
+    fit(small_model(), callback, epochs=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines == [
         "Restored backup of step 14: going on at epoch 3",
         f"Epoch 3: saving backup of step 21 to {backup_dir}",
+        *str(callback.report()).splitlines(),
     ]
 
 
