@@ -42,10 +42,10 @@ RESTORE = (
     + """
 from stepsave.store.local import LocalStore
 read, real = [], LocalStore.read_into
-def read_into(self, path, size_bytes, pieces):
+def read_into(self, path, size_bytes, pieces, *more):
     pieces = list(pieces)
     read.extend(len(memory) for _, memory in pieces)
-    real(self, path, size_bytes, pieces)
+    real(self, path, size_bytes, pieces, *more)
 LocalStore.read_into = read_into
 from stepsave.engine import extents
 extents._BRIDGE_BYTES = 0

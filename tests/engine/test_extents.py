@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import stepsave
 from stepsave.engine import extents
-from stepsave.engine.extents import Extents
+from stepsave.engine.extents import Extents, Needs
 from stepsave.errors import CorruptBackupError
 from stepsave.format import planning
 from stepsave.format.planning import compile_layout
@@ -24,7 +24,7 @@ STATE = {"wide": WIDE, "flat": np.arange(5000.0), "b": np.float32(3)}
 
 
 def needs(rows):
-    return lambda _: {("wide",): [(slice(*some), slice(0, 64)) for some in rows]}
+    return Needs(lambda _: {("wide",): [(slice(*some), slice(0, 64)) for some in rows]})
 
 
 @contextlib.contextmanager
@@ -32,10 +32,10 @@ def counted(monkeypatch):
     """How many bytes of shards are read."""
     real, read = LocalStore.read_into, []
 
-    def read_into(self, path, size_bytes, pieces):
+    def read_into(self, path, size_bytes, pieces, *more):
         pieces = list(pieces)
         read.extend(len(memory) for _, memory in pieces)
-        real(self, path, size_bytes, pieces)
+        real(self, path, size_bytes, pieces, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "read_into", read_into)
@@ -120,3 +120,19 @@ def test_whatever_is_needed_is_found_and_nothing_overlaps_in_memory(rows):
         is_read = bool(chosen.of_shard(chunk.offset_bytes // plan.shard_bytes))
         seal = chosen.find(chunk.offset_bytes + chunk.stored_bytes, 4)
         assert (seal is not None) == is_read
+
+
+@pytest.mark.parametrize("rows", [None, [(1000, 1600)]])
+def test_who_waits_is_told_how_much_is_read_of_what_is_needed(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(extents, "_BRIDGE_BYTES", 0)
+    told = []
+    regions = None if rows is None else needs(rows).regions
+    with stepsave.Checkpointer(tmp_path) as saver:
+        saver.save(1, STATE).wait()
+        with counted(monkeypatch) as read:
+            saver.restore_leaves(Needs(regions, lambda *sizes: told.append(sizes)))
+    assert told[0] == (0, sum(read))
+    assert told[-1] == (sum(read), sum(read))
+    assert len(told) == 1 + len(read), "once per piece"
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert sum(read) < (sum(array.nbytes for array in STATE.values()) if rows else np.inf)

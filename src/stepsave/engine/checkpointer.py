@@ -16,10 +16,11 @@ from stepsave.engine.arguments import (
     check_threads,
     encode_training,
 )
+from stepsave.engine.extents import Needs
 from stepsave.engine.likeness import ArrayKind, check_arrays, needs_of, shape_state
 from stepsave.engine.opening import Place
 from stepsave.engine.outcomes import Outcomes
-from stepsave.engine.reader import Needs, StoredBackup
+from stepsave.engine.reader import StoredBackup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads

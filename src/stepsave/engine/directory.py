@@ -8,9 +8,10 @@ from stepsave.engine.agreed_reading import LedReading
 from stepsave.engine.agreement import Leading
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.extents import Needs
 from stepsave.engine.newest import restore_newest
 from stepsave.engine.peers import Board
-from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.reader import StoredBackup, read_backup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.writer import SaveRequest, Writer, WriterKind, choose_direct

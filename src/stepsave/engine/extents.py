@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stepsave.format.layout import CHECKSUM_BYTES, PAGE_BYTES
-from stepsave.format.records import ChunkSpec, LayoutPlan
+from stepsave.format.records import ChunkSpec, LayoutPlan, LeafSpec
 
-__all__ = ("Extent", "Extents", "Regions")
+__all__ = ("Extent", "Extents", "Needs", "Regions")
 
 Region = Sequence[slice]
 Regions = Mapping[tuple[str, ...], Sequence[Region]]
@@ -21,6 +22,36 @@ Regions = Mapping[tuple[str, ...], Sequence[Region]]
 
 _BRIDGE_BYTES = 64 << 10
 """What lies between two extents that are nearer is read too: one request is cheaper."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Needs:
+    """What of a backup a process needs, and who waits for it.
+
+    Attributes:
+        regions: Says, of the arrays of a backup, which parts are needed; None if all of all.
+        on_read: Told how many bytes were read, of how many, by one thread of several at a time:
+            at the beginning, and once for each piece of some MiB. None if nobody waits.
+    """
+
+    regions: Callable[[Sequence[LeafSpec]], Regions] | None = None
+    on_read: Callable[[int, int], object] | None = None
+
+    def counter(self, of_bytes: int) -> Callable[[int], None] | None:
+        """Returns what adds up the sizes of pieces and tells the sum; None if nobody waits."""
+        on_read = self.on_read
+        if on_read is None:
+            return None
+        guard, done_bytes = threading.Lock(), 0
+
+        def add(size_bytes: int) -> None:
+            nonlocal done_bytes
+            with guard:
+                done_bytes += size_bytes
+                on_read(done_bytes, of_bytes)
+
+        add(0)
+        return add
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

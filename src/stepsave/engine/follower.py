@@ -9,11 +9,12 @@ from collections.abc import Callable
 from stepsave.engine.agreed_reading import FollowedReading
 from stepsave.engine.agreement import Following, Order, Report, SkippedError
 from stepsave.engine.commit import Written
+from stepsave.engine.extents import Needs
 from stepsave.engine.known_files import training_path
 from stepsave.engine.markers import Markers
 from stepsave.engine.peers import Board
 from stepsave.engine.read_only import ReadOnlyDirectory
-from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.reader import StoredBackup, read_backup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.shard_writing import Shards

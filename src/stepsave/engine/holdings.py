@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from stepsave.engine.extents import Needs
 from stepsave.engine.known_files import TRAINING_PATH, training_path
-from stepsave.engine.reader import Needs, StoredBackup, read_backup, read_files
+from stepsave.engine.reader import StoredBackup, read_backup, read_files
 from stepsave.errors import BackupMismatchError, CorruptBackupError
 from stepsave.format import orbax
 from stepsave.format.holding import (
@@ -69,7 +70,8 @@ def read_held(
         except (ValueError, KeyError, IndexError) as e:
             raise CorruptBackupError(f"{source}: its blocks do not fit together: {e!r}.") from e
 
-    found = read_backup(store, record, helpers, whole=(holding.plan.leaves, join))
+    all_of_it = Needs(on_read=None if needs is None else needs.on_read)
+    found = read_backup(store, record, helpers, all_of_it, whole=(holding.plan.leaves, join))
     _check_needs(str(store.root), found.flat, holding.plan.leaves, needs)
     return found
 
@@ -104,7 +106,7 @@ def _join(
 def _check_needs(
     place: str, flat: FlatState, specs: Sequence[LeafSpec], needs: Needs | None
 ) -> None:
-    regions = {} if needs is None else needs(specs)
+    regions = {} if needs is None or needs.regions is None else needs.regions(specs)
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if not isinstance(leaf, ScatteredArray):
             continue

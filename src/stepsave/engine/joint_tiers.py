@@ -17,12 +17,13 @@ from stepsave.engine.agreement import Following, Leading
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.extents import Needs
 from stepsave.engine.follower import FollowerDirectory
 from stepsave.engine.holdings import read_held, read_holding
 from stepsave.engine.joint_uploading import FollowedUpload, LedUpload
 from stepsave.engine.newest import restore_newest
 from stepsave.engine.peers import LIMIT_S, Board, Peers
-from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.reader import StoredBackup, read_backup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.tiers import Tiers, step_of

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from stepsave.engine.arguments import check_choices
-from stepsave.engine.extents import Regions
-from stepsave.engine.reader import Needs, StoredBackup
+from stepsave.engine.extents import Needs, Regions
+from stepsave.engine.reader import StoredBackup
 from stepsave.errors import BackupMismatchError, InvalidStateError
 from stepsave.format.records import LeafSpec
 from stepsave.format.tree import FlatState, flatten_state, rebuild, unflatten
@@ -111,7 +111,7 @@ def fit_to(like: Any, found: FlatState, source: str) -> Any:
 
 
 def needs_of(like: Any) -> Needs | None:
-    """Returns what says which parts of arrays this process needs; None if it needs all of all."""
+    """Returns which parts of arrays this process needs; None if it needs all of all."""
     wanted = flatten_state(like, open_leaf)
     regions = {
         path: (tuple(leaf.shape), some)
@@ -119,11 +119,11 @@ def needs_of(like: Any) -> Needs | None:
         if (some := regions_here(leaf)) is not None
     }
 
-    def needs(leaves: Sequence[LeafSpec]) -> Regions:
+    def needed(leaves: Sequence[LeafSpec]) -> Regions:
         known = ((leaf, regions.get(leaf.path)) for leaf in leaves)
         return {leaf.path: one[1] for leaf, one in known if one and one[0] == leaf.shape}
 
-    return needs if regions else None
+    return Needs(needed) if regions else None
 
 
 def _by_path(state: FlatState) -> Told:

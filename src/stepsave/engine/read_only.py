@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from stepsave.engine.extents import Needs
 from stepsave.engine.markers import Markers
 from stepsave.engine.newest import restore_newest
-from stepsave.engine.reader import Needs, StoredBackup, read_backup
+from stepsave.engine.reader import StoredBackup, read_backup
 from stepsave.engine.retention import Retention
 from stepsave.engine.writer import SaveRequest, WriterKind
 from stepsave.errors import BackupDirectoryError, CheckpointerClosedError

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from stepsave.engine.extents import Extents, Regions
+from stepsave.engine.extents import Extents, Needs
 from stepsave.engine.known_files import TRAINING_PATH, is_training, training_path
 from stepsave.errors import (
     ArenaMemoryError,
@@ -43,16 +43,12 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = (
-    "Needs",
     "StoredBackup",
     "read_backup",
     "read_files",
     "read_shard",
     "shard_digest",
 )
-
-Needs = Callable[[Sequence[LeafSpec]], Regions]
-"""Says, of the arrays of a backup, which parts this process needs."""
 
 Whole = tuple[
     Sequence[LeafSpec],
@@ -106,7 +102,7 @@ def read_backup(
         store: Where it is.
         record: What the marker says.
         helpers: Threads that read too.
-        needs: Says which parts of its arrays are needed; None for all.
+        needs: Which parts of its arrays are needed; None for all.
         rank: Which process of its training this is.
         whole: If it is the part of a state that one process has kept: the arrays of the state, and
             what makes them of those that are read.
@@ -139,16 +135,18 @@ def read_backup(
             f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
             f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}."
         )
-    extents = Extents(plan, None if needs is None else needs(plan.leaves))
+    needs = needs or Needs()
+    extents = Extents(plan, None if needs.regions is None else needs.regions(plan.leaves))
     numbers = [number for number in range(plan.shard_count) if extents.of_shard(number)]
     shards = [f"{record.directory}/{orbax.shard_path(number)}" for number in numbers]
     store.check_sizes(dict.fromkeys(shards, plan.shard_bytes))
 
     pages = _make_pages(store, plan, extents)
     memory = pages.lend()
+    on_read = needs.counter(extents.size_bytes)
     helpers.share(
         numbers,
-        lambda number: read_shard(store, record, plan, number, memory, extents),
+        lambda number: read_shard(store, record, plan, number, memory, extents, on_read),
         helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
     leaves: Sequence[SavedArray] = _view_leaves(plan, memory, extents)
@@ -223,6 +221,7 @@ def read_shard(
     number: int,
     memory: Bytes,
     extents: Extents | None = None,
+    on_read: Callable[[int], object] | None = None,
 ) -> None:
     """Reads a shard, or some of it, into page-aligned memory, and verifies it there.
 
@@ -233,6 +232,7 @@ def read_shard(
         number: Which shard.
         memory: For the shard; for all that is read of the backup, if `extents` are given.
         extents: What is read; None for all of this shard.
+        on_read: Told the size of each piece that was read.
 
     Raises:
         CorruptBackupError: If it is not what the marker vouches for.
@@ -248,7 +248,7 @@ def read_shard(
         ]
     if not pieces:
         return
-    store.read_into(path, plan.shard_bytes, pieces)
+    store.read_into(path, plan.shard_bytes, pieces, on_read)
 
     def find(offset_bytes: int, size_bytes: int) -> memoryview | None:
         at = offset_bytes - start_bytes

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
+from stepsave.engine.extents import Needs
 from stepsave.engine.follower import FollowerDirectory
-from stepsave.engine.reader import Needs, StoredBackup, read_files
+from stepsave.engine.reader import StoredBackup, read_files
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.uploading import LoneUpload, Upload, Uploader, UploadPace

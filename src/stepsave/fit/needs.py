@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import keras
 
-from stepsave.engine.extents import Regions
-from stepsave.engine.reader import Needs
+from stepsave.engine.extents import Needs, Regions
 from stepsave.fit.matching import match
 from stepsave.fit.variables import ModelVariables
 from stepsave.format.records import LeafSpec
@@ -18,7 +17,7 @@ __all__ = ("needs_of",)
 
 
 def needs_of(model: Any) -> Needs | None:
-    """Returns what says so; None if that is everything.
+    """Returns them; None if that is everything.
 
     Of variables that do not exist yet everything is read.
     """
@@ -28,7 +27,7 @@ def needs_of(model: Any) -> Needs | None:
     if all(regions_here(variable) is None for variable in now.variables):
         return None
 
-    def needs(leaves: Sequence[LeafSpec]) -> Regions:
+    def needed(leaves: Sequence[LeafSpec]) -> Regions:
         saved: dict[tuple[str, ...], Any] = {leaf.path: leaf for leaf in leaves}
         pairs, _ = match(now.by_path, saved, optional=now.optional, unbuilt=frozenset())
         partners: list[tuple[Any, LeafSpec]] = [(pair[0], cast("Any", pair[2])) for pair in pairs]
@@ -39,4 +38,4 @@ def needs_of(model: Any) -> Needs | None:
             and tuple(variable.shape) == leaf.shape
         }
 
-    return needs
+    return Needs(needed)

@@ -18,6 +18,7 @@ from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.loop import FitLoop
 from stepsave.fit.needs import needs_of
 from stepsave.fit.phases import BackupOf, Phases
+from stepsave.fit.restore_progress import showing_progress
 from stepsave.fit.state import RestoredFit, restore_fit
 
 __all__ = ("Resuming",)
@@ -63,7 +64,8 @@ class Resuming:
         if others is not None and (newest is None or newest.step <= others.global_step):
             owner.begin_at(others)
             return None
-        backup = saver.restore_leaves(needs_of(self.model))
+        with showing_progress(needs_of(self.model), verbose=owner.verbose) as needs:
+            backup = saver.restore_leaves(needs)
         if backup is None:
             return None
         start, restored = self._go_on_from(backup)

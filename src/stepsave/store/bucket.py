@@ -15,7 +15,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from stepsave.errors import BucketError, CorruptBackupError
@@ -123,13 +123,20 @@ class BucketStore:
         data = bytes(found.value) if found.state == "value" else None
         return data, bytes(found.stamp.generation)
 
-    def read_into(self, path: str, size_bytes: int, pieces: Iterable[Piece]) -> None:
+    def read_into(
+        self,
+        path: str,
+        size_bytes: int,
+        pieces: Iterable[Piece],
+        on_read: Callable[[int], object] | None = None,
+    ) -> None:
         """Reads pieces of an object, all at once.
 
         Args:
             path: The object.
             size_bytes: How large it is at least.
             pieces: Where in it to begin, and where to.
+            on_read: Told the size of each request that was answered.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -144,6 +151,8 @@ class BucketStore:
         ]
         for first, some, part in parts:
             some[:] = self._part(part, path, first + len(some), len(some))
+            if on_read is not None:
+                on_read(len(some))
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Makes sure that objects are there and not smaller than they should be.

@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,13 @@ class LocalStore:
             with os.fdopen(os.dup(fd), "rb") as file:
                 return file.read()
 
-    def read_into(self, path: str, size_bytes: int, pieces: Iterable[Piece]) -> None:
+    def read_into(
+        self,
+        path: str,
+        size_bytes: int,
+        pieces: Iterable[Piece],
+        on_read: Callable[[int], object] | None = None,
+    ) -> None:
         """Reads pieces of a file of exactly that size.
 
         As far as their heads are in the page cache already, they are taken from there. The rest
@@ -145,6 +151,7 @@ class LocalStore:
             size_bytes: How large it is.
             pieces: Where in the file to begin, and where to; whole blocks of the file and
                 page-aligned memory for a direct read.
+            on_read: Told the size of each piece that was read.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -163,6 +170,8 @@ class LocalStore:
                         f"{self.root / path}: expected {size_bytes} bytes, but it ended "
                         f"after {begin + done} while being read."
                     )
+                if on_read is not None:
+                    on_read(done)
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file and syncs its contents; its directory entry is not synced."""
