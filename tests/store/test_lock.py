@@ -7,7 +7,7 @@ import pytest
 from engine_support import check_python
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
-from stepsave.store.lock import LOCK_NAME, DirectoryLock
+from stepsave.store.lock import LOCK_NAME, DirectoryLock, find_holder
 
 HOLD = """
 import sys
@@ -139,3 +139,24 @@ def test_release_removes_the_file_only_when_asked(tmp_path):
     assert (tmp_path / LOCK_NAME).exists()
     taken(tmp_path).release(remove=True)
     assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_one_who_looks_is_told_who_holds_a_directory(tmp_path, holder):
+    assert find_holder(tmp_path) == holder.pid
+    holder.kill()
+    holder.wait()
+    assert find_holder(tmp_path) is None
+
+
+def test_to_look_in_the_process_that_holds_a_directory_does_not_drop_its_lock(tmp_path):
+    lock = taken(tmp_path)
+    assert find_holder(tmp_path) == os.getpid()
+    told = check_python(TRY, tmp_path)
+    assert f"pid {os.getpid()}" in told
+    lock.release()
+    assert find_holder(tmp_path) is None
+
+
+def test_nobody_is_known_to_hold_what_has_no_lock_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        find_holder(tmp_path)

@@ -135,8 +135,8 @@ def settle(store: Store, look: Callable[[Markers], tuple[T, bool]]) -> T:
             raise error
         return found[0]
     raise BackupDirectoryError(
-        f"{store.root}: the backups were replaced {ATTEMPTS} times while they were being read. Look "
-        "again when saves are made less often, or at a copy of the directory."
+        f"{store.root}: the backups were replaced {ATTEMPTS} times while they were being read. "
+        "Look again when saves are made less often, or at a copy of the directory."
     )
 
 
@@ -229,8 +229,7 @@ def _decode_layout(data: bytes, source: str, record: BackupRecord) -> LayoutPlan
 def _decode_training(data: bytes, leaves: Sequence[LeafSpec]) -> dict[str, Any]:
     try:
         training = json.loads(data)
-        if type(training["metadata"]) is not dict:
-            raise TypeError(type(training["metadata"]).__name__)
+        dict(**training["metadata"])
         if leaves:
             empty = [
                 np.broadcast_to(np.zeros((), DTYPES[leaf.dtype]), leaf.shape) for leaf in leaves
@@ -277,10 +276,7 @@ def marker_damages(markers: Markers, store: Store) -> list[Damage]:
     for name, problem in markers.problems.items():
         with noting(found, store, name):
             raise problem
-    if (
-        markers.committed is None
-        and markers.previous is not None
-        and COMMIT not in markers.problems
-    ):
+    is_lost = markers.committed is None and markers.previous is not None
+    if is_lost and COMMIT not in markers.problems:
         found.append(Damage(COMMIT, "expected the marker of the newest backup, found none."))
     return found

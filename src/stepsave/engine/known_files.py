@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Collection, Iterable
 
@@ -17,8 +18,10 @@ __all__ = (
     "SPARE",
     "TEMPORARY_NAMES",
     "TRAINING_PATH",
+    "Kind",
     "is_spare",
     "is_training",
+    "kind_of",
     "refuse_foreign",
     "remove_known",
     "training_path",
@@ -64,6 +67,22 @@ _KNOWN_FILES = {
 }
 
 
+class Kind(enum.Enum):
+    """What something in a backup directory is."""
+
+    MARKER = "marker"
+    TEMPORARY = "temporary"
+    """Of a marker that was being written, or of a probe."""
+    LOCK = "lock"
+    SPARE = "spare"
+    BACKUP = "backup"
+    """Complete or not: markers say which are valid."""
+    JUNK = "junk"
+    GONE = "gone"
+    """It was there a moment ago."""
+    FOREIGN = "foreign"
+
+
 def is_spare(name: str) -> bool:
     """Whether that is the name of a directory that is not valid."""
     return _SPARE.fullmatch(name) is not None
@@ -93,8 +112,8 @@ def refuse_foreign(store: LocalStore, committed: Collection[str]) -> None:
     Raises:
         BackupDirectoryError: Naming what was found.
     """
-    for name in without_junk(store.list()):
-        if name in committed or _is_ours(store, name):
+    for name in store.list():
+        if name in committed or kind_of(store, name) is not Kind.FOREIGN:
             continue
         raise BackupDirectoryError(
             f"{store.root}: expected a directory of stepsave's own, found {name!r} in it. "
@@ -107,28 +126,36 @@ def without_junk(paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not any(map(_JUNK.fullmatch, path.split("/")))]
 
 
-def _is_ours(store: LocalStore, name: str) -> bool:
-    """Whether stepsave made something, complete or not.
+def kind_of(store: LocalStore, name: str) -> Kind:
+    """Returns what something in a backup directory is.
 
     Other tools name directories by digits and put Orbax's files in them; only `layout.json`
     tells a backup of ours. It is removed last, so one that was being removed when the
     process died has it too, or no file at all. `spare` is nobody else's name, and may hold
     any part of a backup.
     """
-    if name in (COMMIT, PREVIOUS, *TEMPORARY_NAMES):
-        return True
+    if _JUNK.fullmatch(name):
+        return Kind.JUNK
+    if name in (COMMIT, PREVIOUS):
+        return Kind.MARKER
+    if name in TEMPORARY_NAMES:
+        return Kind.TEMPORARY
+    is_ours, kind = False, Kind.BACKUP
     if name == LOCK_NAME:
-        return _LOCK.fullmatch(store.read(name, LOCK_LIMIT_BYTES)) is not None
-    if not store.is_directory(name):
-        return not store.exists(name)  # removed this moment, by the process that owns it
-    found = without_junk(store.list(name))
-    if is_spare(name):
-        return all(_is_known(one) or one in _KNOWN_DIRECTORIES for one in found)
-    if not name.isdecimal():
-        return False
-    # What is left of ours where there was junk in it: directories.
-    is_left = set(found) <= _KNOWN_DIRECTORIES and not without_junk(store.walk(name))
-    return is_left or orbax.LAYOUT_PATH in found
+        kind = Kind.LOCK
+        is_ours = _LOCK.fullmatch(store.read(name, LOCK_LIMIT_BYTES)) is not None
+    elif not store.is_directory(name):
+        kind = Kind.GONE  # this moment, by the process that owns it
+        is_ours = not store.exists(name)
+    elif is_spare(name):
+        kind, found = Kind.SPARE, without_junk(store.list(name))
+        is_ours = all(_is_known(one) or one in _KNOWN_DIRECTORIES for one in found)
+    elif name.isdecimal():
+        found = without_junk(store.list(name))
+        # What is left of ours where there was junk in it: directories.
+        is_left = set(found) <= _KNOWN_DIRECTORIES and not without_junk(store.walk(name))
+        is_ours = is_left or orbax.LAYOUT_PATH in found
+    return kind if is_ours else Kind.FOREIGN
 
 
 def remove_known(store: LocalStore, directory: str) -> list[str]:

@@ -188,9 +188,7 @@ class ChunkReader:
                 pieces.append((begin, memory.data))
                 for chunk in run:
                     at = chunk.offset_bytes - start_bytes - begin
-                    found[chunk.offset_bytes] = memory[
-                        at : at + chunk.stored_bytes + CHECKSUM_BYTES
-                    ]
+                    found[chunk.offset_bytes] = memory[at:][: chunk.stored_bytes + CHECKSUM_BYTES]
             self._store.read_into(path, self._plan.shard_bytes, pieces, self._on_read)
             for chunk in some:
                 data = found[chunk.offset_bytes]

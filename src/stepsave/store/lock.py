@@ -10,12 +10,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import threading
 from pathlib import Path
 
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 
-__all__ = ("LOCK_LIMIT_BYTES", "LOCK_NAME", "READ_ONLY_ADVICE", "DirectoryLock", "ProcessHold")
+__all__ = (
+    "LOCK_LIMIT_BYTES",
+    "LOCK_NAME",
+    "READ_ONLY_ADVICE",
+    "DirectoryLock",
+    "ProcessHold",
+    "find_holder",
+)
 
 LOCK_NAME = "LOCK"
 LOCK_LIMIT_BYTES = 1024
@@ -23,6 +31,8 @@ READ_ONLY_ADVICE = (
     "To read a backup from it, use `stepsave.restore(directory)` or `Checkpointer(directory, "
     "read_only=True)`."
 )
+
+_FLOCK = "hhqqi4x"  # Linux's `struct flock`: kind, whence, start, length, process
 
 _held: set[Path | str] = set()
 _held_guard = threading.Lock()
@@ -155,3 +165,24 @@ class DirectoryLock(ProcessHold):
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = None
+
+
+def find_holder(directory: Path) -> int | None:
+    """Returns which process holds a directory, without taking the lock; None if none does.
+
+    The number is 0 for one that has no number here: on another machine, or in another container.
+
+    Raises:
+        OSError: If that cannot be asked.
+    """
+    with _held_guard:
+        if directory in _held:
+            return os.getpid()  # and to open and close the file would drop the lock
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(directory / LOCK_NAME, flags)
+        try:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            found = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+        finally:
+            os.close(fd)
+    return None if found[0] == fcntl.F_UNLCK else found[4]
