@@ -10,8 +10,9 @@ import sys
 
 import typer
 
+from stepsave.cli import looking
 from stepsave.cli.outcome import FOUND, UNASKED
-from stepsave.errors import CorruptBackupError, StepsaveError
+from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
 
 __all__ = ("app", "run")
 
@@ -30,10 +31,17 @@ def _options() -> None:
     """One command each, as soon as there are several."""
 
 
+app.command()(looking.inspect)
+app.command()(looking.verify)
+app.command()(looking.diff)
+
+
 def run() -> None:
     """Runs the command that was asked for, and ends the process with its status."""
     try:
         app()
+    except FormatVersionError as e:  # it may be whole, for those who can read it
+        _end(e, UNASKED)
     except CorruptBackupError as e:
         _end(e, FOUND)
     except (StepsaveError, OSError, ValueError) as e:

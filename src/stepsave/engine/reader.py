@@ -47,6 +47,7 @@ __all__ = (
     "read_backup",
     "read_files",
     "read_shard",
+    "shape_chunk",
     "shard_digest",
 )
 
@@ -295,7 +296,7 @@ def _view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[Save
         at = extents.find(chunk.offset_bytes, chunk.data_bytes)
         if at is not None:
             data = memory[at : at + chunk.data_bytes]
-            chunks[chunk.leaf][chunk.grid] = _shape_chunk(plan, chunk, data)
+            chunks[chunk.leaf][chunk.grid] = shape_chunk(plan, chunk, data)
     leaves: list[SavedArray] = []
     for number, leaf in enumerate(plan.leaves):
         pieces, shape = chunks[number], plan.chunk_shapes[number]
@@ -308,7 +309,8 @@ def _view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[Save
     return leaves
 
 
-def _shape_chunk(plan: LayoutPlan, chunk: ChunkSpec, data: Bytes) -> HostArray:
+def shape_chunk(plan: LayoutPlan, chunk: ChunkSpec, data: Bytes) -> HostArray:
+    """Returns the data of a chunk, without padding, as the block of its array that it is."""
     leaf, chunk_shape = plan.leaves[chunk.leaf], plan.chunk_shapes[chunk.leaf]
     shape = [
         min(size, total - at * size)

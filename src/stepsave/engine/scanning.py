@@ -153,7 +153,11 @@ class _Shard:
 
 
 class ChunkReader:
-    """Reads chunks of a backup in any order, each proved. Used by several threads."""
+    """Reads chunks of a backup in any order, each proved. Used by several threads.
+
+    Attributes:
+        plan: Its layout.
+    """
 
     def __init__(
         self,
@@ -165,7 +169,7 @@ class ChunkReader:
         """Reads nothing yet."""
         self._store = store
         self._record = record
-        self._plan = plan
+        self.plan = plan
         self._on_read = on_read
         self._seals: dict[int, bytes] = {}  # by offset, of all that was read
 
@@ -179,7 +183,7 @@ class ChunkReader:
         found: dict[int, Bytes] = {}
         for shard, some in self._by_shard(chunks).items():
             path = f"{self._record.directory}/{orbax.shard_path(shard)}"
-            start_bytes = shard * self._plan.shard_bytes
+            start_bytes = shard * self.plan.shard_bytes
             pieces: list[tuple[int, memoryview]] = []
             for run in _join(some):
                 begin = (run[0].offset_bytes - start_bytes) // PAGE_BYTES * PAGE_BYTES
@@ -189,7 +193,7 @@ class ChunkReader:
                 for chunk in run:
                     at = chunk.offset_bytes - start_bytes - begin
                     found[chunk.offset_bytes] = memory[at:][: chunk.stored_bytes + CHECKSUM_BYTES]
-            self._store.read_into(path, self._plan.shard_bytes, pieces, self._on_read)
+            self._store.read_into(path, self.plan.shard_bytes, pieces, self._on_read)
             for chunk in some:
                 data = found[chunk.offset_bytes]
                 self._prove(chunk, data, path)
@@ -202,11 +206,11 @@ class ChunkReader:
         Raises:
             CorruptBackupError: If not, or if something is damaged.
         """
-        left = [chunk for chunk in self._plan.chunks if chunk.offset_bytes not in self._seals]
+        left = [chunk for chunk in self.plan.chunks if chunk.offset_bytes not in self._seals]
         for some in batches_of(left):
             self.read(some)
         for number, expected in enumerate(self._record.shard_digests):
-            chunks = self._plan.shard_chunks[number]
+            chunks = self.plan.shard_chunks[number]
             found = crc32c(b"".join(self._seals[chunk.offset_bytes] for chunk in chunks))
             if found != expected:
                 path = f"{self._record.directory}/{orbax.shard_path(number)}"
@@ -219,7 +223,7 @@ class ChunkReader:
         stored = bytes(data[chunk.stored_bytes :])
         found = crc32c(data.data[: chunk.stored_bytes])
         if found != int.from_bytes(stored, "little"):
-            leaf = "/".join(self._plan.leaves[chunk.leaf].path)
+            leaf = "/".join(self.plan.leaves[chunk.leaf].path)
             raise CorruptBackupError(
                 f"{self._store.path(path)}: data of {leaf!r}: expected CRC-32C "
                 f"{int.from_bytes(stored, 'little'):08x}, found {found:08x}. `stepsave verify` "
@@ -230,7 +234,7 @@ class ChunkReader:
     def _by_shard(self, chunks: Iterable[ChunkSpec]) -> dict[int, list[ChunkSpec]]:
         shards: dict[int, list[ChunkSpec]] = {}
         for chunk in sorted(chunks, key=lambda chunk: chunk.offset_bytes):
-            shards.setdefault(chunk.offset_bytes // self._plan.shard_bytes, []).append(chunk)
+            shards.setdefault(chunk.offset_bytes // self.plan.shard_bytes, []).append(chunk)
         return shards
 
 

@@ -1,0 +1,164 @@
+"""What `stepsave diff` finds, as a document; docs/cli.md describes its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from stepsave.cli.comparison_text import show
+from stepsave.cli.differences import compare_variables
+from stepsave.cli.inspection import position_of
+from stepsave.cli.outcome import FOUND
+from stepsave.cli.places import open_place, readers, split_step, valid_backups
+from stepsave.cli.screen import reading
+from stepsave.engine.examining import Examined, examine, settle
+from stepsave.engine.markers import Markers
+from stepsave.engine.scanning import ChunkReader
+from stepsave.errors import BackupDirectoryError, CorruptBackupError
+from stepsave.format.records import BackupRecord, LayoutPlan
+from stepsave.store.places import Store
+from stepsave.threads import Crew
+
+__all__ = ("run",)
+
+Document = dict[str, Any]
+
+_FORMAT = 1
+"""Of the document; see `inspection`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two backups."""
+
+    store: Store
+    examined: Examined
+
+    @property
+    def record(self) -> BackupRecord:
+        return self.examined.record
+
+    @property
+    def plan(self) -> LayoutPlan:
+        assert self.examined.plan is not None, "looked at when it was opened"
+        return self.examined.plan
+
+
+def run(a: str, b: str | None, *, as_json: bool) -> int:
+    """Prints how two backups differ; returns the exit status of the command."""
+    with readers() as crew:
+        document = {"format": _FORMAT} | _compare_targets(a, b, crew)
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
+    else:
+        show(document)
+    return 0 if document["are_equal"] else FOUND
+
+
+def _compare_targets(a: str, b: str | None, crew: Crew) -> Document:
+    """Compares them; again, if one was replaced meanwhile."""
+    place_a, step_a = split_step(a)
+    place_b, step_b = (place_a, step_a) if b is None else split_step(b)
+    store_a, store_b = open_place(place_a), open_place(place_b)
+    number_a = 0 if b is not None else 1  # alone, the one before is compared with the newest
+
+    def look_at_b(markers_a: Markers) -> tuple[Document, bool]:
+        record_a = _choose(store_a, markers_a, step_a, number_a)
+
+        def look(markers_b: Markers) -> tuple[Document, bool]:
+            record_b = _choose(store_b, markers_b, step_b, 0)
+            side_a, side_b = _open(store_a, record_a, crew), _open(store_b, record_b, crew)
+            return _compare(side_a, side_b, crew), False
+
+        return settle(store_b, look), False
+
+    return settle(store_a, look_at_b)
+
+
+def _choose(store: Store, markers: Markers, step: int | None, number: int) -> BackupRecord:
+    for problem in markers.problems.values():
+        raise problem
+    found = valid_backups(markers)
+    chosen = found[number:] if step is None else [one for one in found if one.step == step]
+    if chosen:
+        return chosen[0]
+    there = ", ".join(str(one.step) for one in found) or "none"
+    wanted = f"a backup of step {step}" if step is not None else "a backup"
+    if number and found:
+        wanted = "two backups to compare (`double_checkpoint=True` keeps them)"
+    raise BackupDirectoryError(
+        f"{store.root}: expected {wanted}, found these valid steps: {there}. `stepsave inspect` "
+        "says what lies there."
+    )
+
+
+def _open(store: Store, record: BackupRecord, crew: Crew) -> _Side:
+    examined = crew.call(lambda: examine(store, record, crew))
+    for damage in examined.damages:
+        raise CorruptBackupError(
+            f"{store.path(damage.path)}: {damage.text} `stepsave verify` looks for more."
+        )
+    return _Side(store, examined)
+
+
+def _compare(a: _Side, b: _Side, crew: Crew) -> Document:
+    leaves_a, leaves_b = ({leaf.path: leaf for leaf in side.plan.leaves} for side in (a, b))
+    common = [path for path in leaves_a if path in leaves_b]
+    unlike = [path for path in common if leaves_a[path] != leaves_b[path]]
+    same = [path for path in common if leaves_a[path] == leaves_b[path]]
+    with reading("comparing", a.plan.arena_bytes + b.plan.arena_bytes) as on_read:
+        reader_a, reader_b = (
+            ChunkReader(one.store, one.record, one.plan, on_read) for one in (a, b)
+        )
+        found = crew.call(lambda: compare_variables(reader_a, reader_b, same, crew))
+    variables = [
+        {"path": list(path), "elements": leaves_a[path].size_bytes // leaves_a[path].itemsize_bytes}
+        | found[path].to_json()
+        for path in same
+        if found[path].differing
+    ]
+    forms = [
+        {
+            "path": list(path),
+            "a": {"shape": list(leaves_a[path].shape), "dtype": leaves_a[path].dtype},
+            "b": {"shape": list(leaves_b[path].shape), "dtype": leaves_b[path].dtype},
+        }
+        for path in unlike
+    ]
+    only_a = [list(path) for path in leaves_a if path not in leaves_b]
+    only_b = [list(path) for path in leaves_b if path not in leaves_a]
+    metadata = list(_differences(a.examined.training, b.examined.training))
+    return {
+        "a": _describe(a),
+        "b": _describe(b),
+        "are_equal": not (variables or forms or only_a or only_b or metadata),
+        "compared": len(same),
+        "variables": variables,
+        "forms": forms,
+        "only_in_a": only_a,
+        "only_in_b": only_b,
+        "metadata": metadata,
+    }
+
+
+def _describe(side: _Side) -> Document:
+    position = position_of(side.examined)
+    return {
+        "place": str(side.store.root),
+        "step": side.record.step,
+        "position": position and position.to_json(),
+    }
+
+
+def _differences(a: Any, b: Any, at: tuple[str, ...] = ()) -> Iterator[Document]:
+    """Yields where two JSON documents differ. A key that is not there is None."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            yield from _differences(a.get(key), b.get(key), (*at, str(key)))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(one, other, (*at, str(number)))
+    elif a != b or type(a) is not type(b):
+        yield {"path": list(at), "a": a, "b": b}
