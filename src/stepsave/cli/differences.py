@@ -74,8 +74,9 @@ def compare(a: Bytes, b: Bytes, dtype: str, itemsize_bytes: int) -> Difference:
         )
         if not np.array_equal(one, other):  # of bytes: as fast as memory
             unlike = (one != other).any(axis=1)
-            values = (readable(side[unlike].reshape(-1), dtype) for side in (one, other))
-            found = found.and_of(_measure(*values))
+            with np.errstate(all="ignore"):  # any bits may come
+                values = (readable(side[unlike].reshape(-1), dtype) for side in (one, other))
+                found = found.and_of(_measure(*values))
     return found
 
 
@@ -89,8 +90,7 @@ def _measure(a: Array, b: Array) -> Difference:
         is_finite = np.isfinite(a) & np.isfinite(b)
         wide = np.complex128 if a.dtype.kind == "c" else np.float64
         a, b = a[is_finite].astype(wide), b[is_finite].astype(wide)
-        with np.errstate(over="ignore"):
-            distances = np.minimum(np.abs(a - b), _LARGEST)
+        distances = np.minimum(np.abs(a - b), _LARGEST)
     else:
         high, low = np.maximum(a, b), np.minimum(a, b)
         # Modulo 2^64, so that it is exact for all integers.

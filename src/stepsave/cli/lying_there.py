@@ -25,13 +25,13 @@ _DEBRIS = "debris"
 _TEXTS = {
     "lock": "nobody holds it",
     "spare": "not valid: the next save is written over it",
-    "temporary": "of a commit, under way or interrupted; the next one replaces it",
-    _DEBRIS: "no marker names it: a save under way, or interrupted; a later one removes it",
-    "junk": "of the file system, a desktop or a notebook; left where it is",
-    "foreign": "not stepsave's: no training would save here before it is moved away",
+    "temporary": "of a commit, under way or interrupted",
+    _DEBRIS: "not valid: of a save, under way or interrupted",
+    "junk": "of the file system or a desktop: left where it is",
+    "foreign": "not stepsave's: to train here, move it away",
     "marker": "proves nothing",
 }
-_FOREIGN_IN_BUCKET = "not stepsave's; left where it is"
+_FOREIGN_IN_BUCKET = "not stepsave's: left where it is"
 _OF_RUN = re.compile(rf"{RUN_NAME}/\d+", re.ASCII)
 
 
@@ -111,4 +111,5 @@ def _in_bucket(store: BucketStore, markers: Markers) -> Iterator[Document]:
         is_ours = name == COMMIT or _OF_RUN.fullmatch(name)
         kind = "marker" if name == COMMIT else _DEBRIS if is_ours else "foreign"
         text = _TEXTS[kind] if is_ours else _FOREIGN_IN_BUCKET
-        yield {"name": name, "kind": kind, "bytes": None, "text": f"{text} ({count} objects)"}
+        number = "1 object" if count == 1 else f"{count} objects"
+        yield {"name": name, "kind": kind, "bytes": None, "text": f"{text}, {number}"}

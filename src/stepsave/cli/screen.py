@@ -33,7 +33,10 @@ _GAP = "  "
 
 def say(text: str = "", color: str | None = None) -> None:
     """Prints a line, in color if somebody sees it who has not said that he wants none."""
-    typer.secho(text, fg=color, color=False if os.environ.get("NO_COLOR") else None)
+    if color is None or os.environ.get("NO_COLOR"):
+        typer.echo(text)
+    else:
+        typer.secho(text, fg=color)
 
 
 def size_text(size_bytes: float) -> str:

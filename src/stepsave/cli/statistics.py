@@ -83,7 +83,8 @@ class Summing:
             _summarize(readable(data[begin : begin + step_bytes], dtype))
             for begin in range(0, len(data), step_bytes)
         )
-        part = _join(pieces)
+        with np.errstate(all="ignore"):  # any bits may come
+            part = _join(pieces)
         with self._guard:
             self._parts[chunk.leaf][chunk.offset_bytes] = part
 
@@ -117,10 +118,9 @@ def _summarize(values: Array) -> Statistics:
         wide = np.complex128
     else:
         sizes, wide = values, np.float64
-    with np.errstate(over="ignore"):
-        mean = values.sum(dtype=wide) / values.size
+    mean = values.sum(dtype=wide) / values.size
     if not np.isfinite(mean):  # the sum is beyond the largest number, but not the mean
-        mean = (values / values.size).sum(dtype=wide)
+        mean = (values.astype(wide) * (1 / values.size)).sum()
     return Statistics(
         values.size, sizes.min().item(), sizes.max().item(), mean.item(), nan_count, infinite_count
     )
