@@ -1,6 +1,7 @@
 """How the tests run the command line, and what is in the backups that they look at."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,18 @@ def run(*arguments, **options):
         [sys.executable, "-m", "stepsave.cli", *map(str, arguments)],
         capture_output=True, text=True, check=False, timeout=120, **options,
     )  # fmt: skip
+
+
+def run_script(script, *arguments):
+    """What a script prints that runs in a process of its own and must succeed."""
+    path = os.pathsep.join(sys.path)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 def ask(*arguments, status=0):
