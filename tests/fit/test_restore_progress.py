@@ -116,4 +116,4 @@ def test_a_terminal_that_is_gone_costs_no_backup(backup_dir, monkeypatch, recwar
     monkeypatch.setattr(sys, "stdout", Gone())
     probe = restored(small_model(), backup_dir, double_checkpoint=True, verbose=1)
     assert_same_state(probe.state, interrupt.state, metrics=False)
-    assert not list(recwarn)
+    assert not [w for w in recwarn if "cannot be read" in str(w.message)], "the newest it was"
