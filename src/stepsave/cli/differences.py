@@ -12,7 +12,7 @@ import numpy as np
 
 from stepsave.cli.statistics import readable
 from stepsave.engine.examining import READ_THREADS
-from stepsave.engine.reader import shape_chunk
+from stepsave.engine.extents import shape_chunk
 from stepsave.engine.scanning import ChunkReader, batches_of
 from stepsave.format.layout import Grid
 from stepsave.format.records import ChunkSpec, LayoutPlan

@@ -213,8 +213,7 @@ class BucketCommit(Markers):
         whoever wrote what was found, and no marker names, can publish it no more. What is written
         by whoever claims the place next was not found.
         """
-        found = map(_OURS.fullmatch, self._objects.list(_FIRST_DIGIT))
-        directories = sorted({match[1] for match in found if match})
+        directories = self.list_backups()
         self._replace(records)
         kept = {record.directory for record in records}
         for directory in directories:
@@ -222,6 +221,41 @@ class BucketCommit(Markers):
                 _logger.debug("%s: removing unreferenced %s", self._objects.root, directory)
                 self._remove_backup(directory)
         self._is_collected = True
+
+    def list_backups(self) -> dict[str, list[str]]:
+        """Returns what objects there are by directory of a backup, valid or not, in order."""
+        objects: dict[str, list[str]] = {}
+        for match in map(_OURS.fullmatch, sorted(self._objects.list(_FIRST_DIGIT))):
+            if match is not None:
+                objects.setdefault(match[1], []).append(match[0])
+        return objects
+
+    def collect(self) -> None:
+        """Removes what no marker names, and the marker if it names no backup.
+
+        Takes the place from whoever saved here last; `find_rival` says whether that may go on.
+
+        Raises:
+            CorruptBackupError: If the marker cannot be read, and so nobody knows what is valid.
+            DirectoryBusyError: If somebody else saves here.
+        """
+        if COMMIT in self.problems:
+            raise self.problems[COMMIT]
+        if self.records:
+            self._claim(self.records)
+        else:
+            self.delete_all()
+
+    def find_rival(self) -> Owner | None:
+        """Returns who saved here last, unless that training is known to be over.
+
+        It is if its backup says so, or if its process was on this machine and is gone.
+        """
+        if self.claim is None or (self.committed is not None and self.committed.ended):
+            return None
+        owner = self.claim.owner
+        is_gone = owner.host == socket.gethostname() and not _is_running(owner.pid)
+        return None if is_gone or owner == self._owner else owner
 
     def _replace(self, records: tuple[BackupRecord, ...]) -> None:
         """Replaces the marker, if it is the one that this run knows.
@@ -282,6 +316,18 @@ class BucketCommit(Markers):
     def _write(self, files: Mapping[str, bytes], but: str = "") -> None:
         below = {f"{self._directory}/{path}": d for path, d in files.items() if path != but}
         self._objects.write_all(below)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # the number of one that ended before this process began
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _new_run() -> str:

@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from stepsave.engine.known_files import (
     COMMIT,
@@ -64,11 +64,6 @@ class Written:
     nonce: str
 
 
-def _is_changing(path: str) -> bool:
-    """Whether a file is written anew by each save, beside the shards."""
-    return path == orbax.METADATA_PATH or is_training(path)
-
-
 class CommitProtocol(Markers):
     """The backups in one directory. Used by one thread at a time."""
 
@@ -109,6 +104,11 @@ class CommitProtocol(Markers):
             )
         refuse_foreign(store, self._names())
 
+    @staticmethod
+    def is_changing(path: str) -> bool:
+        """Whether a file is written anew by each save, beside the shards."""
+        return path == orbax.METADATA_PATH or is_training(path)
+
     def fall_back(self, record: BackupRecord) -> None:
         """Declares those newer than a kept backup unreadable: it is the newest now.
 
@@ -135,7 +135,7 @@ class CommitProtocol(Markers):
             raise self.problems[COMMIT]
         self._begin_ns = time.time_ns()
         if not self._collected:
-            self._collect()
+            self.collect()
         self._retire_left()
         if blueprint.records != self._spare_of:
             if not self._spare_fits(blueprint):
@@ -180,24 +180,34 @@ class CommitProtocol(Markers):
         """
         metadata = orbax.checkpoint_metadata(blueprint.items, self._begin_ns, time.time_ns())
         changing = {TRAINING_PATH: training, orbax.METADATA_PATH: metadata}
-        for path, data in changing.items():
-            self._files.write(f"{self._spare}/{path}", data)
-        # Without it a power cut can lose the entries of the files just written.
-        self._files.sync_directory(self._spare)
-        directory, nonce = str(step), self.make_nonce(step)
-        self._files.rename(self._spare, directory)
-        self._spare_of = frozenset()
-        if contents is not None:
-            self._written[directory] = Written(blueprint.plan, contents, nonce)
+        self.complete(changing)
         changed = (FileRecord.of(path, data) for path, data in changing.items())
-        return BackupRecord(
+        record = BackupRecord(
             step=step,
-            directory=directory,
-            nonce=nonce,
+            directory=self._spare,
+            nonce=self.make_nonce(step),
             files=(*sorted(blueprint.records, key=lambda file: file.path), *changed, *files),
             shard_bytes=blueprint.plan.shard_bytes,
             shard_digests=digests,
         )
+        record = self.name(record)
+        if contents is not None:
+            self._written[record.directory] = Written(blueprint.plan, contents, record.nonce)
+        return record
+
+    def complete(self, changing: Mapping[str, bytes]) -> None:
+        """Writes the files that are written last into the spare directory, durably."""
+        for path, data in changing.items():
+            self._files.write(f"{self._spare}/{path}", data)
+        # Without it a power cut can lose the entries of the files just written.
+        self._files.sync_directory(self._spare)
+
+    def name(self, record: BackupRecord) -> BackupRecord:
+        """Gives the spare directory, which is complete, its final name, durably."""
+        named = dataclasses.replace(record, directory=str(record.step))
+        self._files.rename(self._spare, named.directory)
+        self._spare_of = frozenset()
+        return named
 
     def publish(self, record: BackupRecord) -> None:
         """Makes a sealed backup the valid one; on return it is committed, durably."""
@@ -282,7 +292,7 @@ class CommitProtocol(Markers):
         written = self._written.pop(record.directory, None)
         self._spare = self._name_spare()
         self._files.rename(record.directory, self._spare)
-        self._spare_of = frozenset(file for file in record.files if not _is_changing(file.path))
+        self._spare_of = frozenset(file for file in record.files if not self.is_changing(file.path))
         if written is not None:
             self._written[self._spare] = written
 
@@ -300,8 +310,11 @@ class CommitProtocol(Markers):
         # Without it the marker can come back after its backup was removed.
         self._files.sync_directory()
 
-    def _collect(self) -> None:
-        """Takes in what earlier runs left: unreferenced backups and temporary files."""
+    def collect(self) -> None:
+        """Takes in what earlier runs left: unreferenced backups and temporary files.
+
+        One of them may be the spare directory afterwards, for the next save.
+        """
         self._written.clear()
         # They differ after `fall_back`, and after a publish that failed half way. A marker
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
@@ -357,7 +370,7 @@ class CommitProtocol(Markers):
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
         expected = {*blueprint.files, *shards}
         found = without_junk(self._files.walk(self._spare))
-        return {path for path in found if not _is_changing(path)} <= expected
+        return {path for path in found if not self.is_changing(path)} <= expected
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""

@@ -11,10 +11,14 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from stepsave.format.layout import CHECKSUM_BYTES, PAGE_BYTES
-from stepsave.format.records import ChunkSpec, LayoutPlan, LeafSpec
+import numpy as np
 
-__all__ = ("Extent", "Extents", "Needs", "Regions")
+from stepsave.format.layout import CHECKSUM_BYTES, PAGE_BYTES, Grid, chunk_count
+from stepsave.format.records import DTYPES, ChunkSpec, LayoutPlan, LeafSpec
+from stepsave.snapshot.arrays import HostArray, SavedArray, ScatteredArray
+from stepsave.snapshot.pages import Bytes
+
+__all__ = ("Extent", "Extents", "Needs", "Regions", "shape_chunk", "view_leaves")
 
 Region = Sequence[slice]
 Regions = Mapping[tuple[str, ...], Sequence[Region]]
@@ -161,3 +165,33 @@ def _join(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         joined = (begin, end) if joined is None else (joined[0], max(joined[1], end))
     if joined is not None:
         yield joined
+
+
+def view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[SavedArray]:
+    """Returns the leaves as views of the memory that they were read into."""
+    chunks: list[dict[Grid, HostArray]] = [{} for _ in plan.leaves]
+    for chunk in plan.chunks:
+        at = extents.find(chunk.offset_bytes, chunk.data_bytes)
+        if at is not None:
+            data = memory[at : at + chunk.data_bytes]
+            chunks[chunk.leaf][chunk.grid] = shape_chunk(plan, chunk, data)
+    leaves: list[SavedArray] = []
+    for number, leaf in enumerate(plan.leaves):
+        pieces, shape = chunks[number], plan.chunk_shapes[number]
+        if 0 in leaf.shape:
+            leaves.append(np.empty(leaf.shape, DTYPES[leaf.dtype]))
+        elif [*pieces] == [(0,) * len(shape)] and chunk_count(leaf, shape) == 1:
+            leaves.append(next(iter(pieces.values())))
+        else:
+            leaves.append(ScatteredArray(leaf.shape, DTYPES[leaf.dtype], shape, pieces))
+    return leaves
+
+
+def shape_chunk(plan: LayoutPlan, chunk: ChunkSpec, data: Bytes) -> HostArray:
+    """Returns the data of a chunk, without padding, as the block of its array that it is."""
+    leaf, chunk_shape = plan.leaves[chunk.leaf], plan.chunk_shapes[chunk.leaf]
+    shape = [
+        min(size, total - at * size)
+        for at, size, total in zip(chunk.grid, chunk_shape, leaf.shape, strict=True)
+    ]
+    return data.view(DTYPES[leaf.dtype]).reshape(shape)

@@ -13,6 +13,7 @@ behind come to it. What the bucket has then is what a save of all into it would 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import threading
 import time
@@ -27,11 +28,12 @@ from stepsave.engine.agreement import (
 )
 from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
+from stepsave.engine.copying import copy_shards
 from stepsave.engine.holdings import whole_files
 from stepsave.engine.known_files import TRAINING_PATH
 from stepsave.engine.peers import LIMIT_S
-from stepsave.engine.reader import read_files, shard_digest
-from stepsave.engine.uploading import Upload, copy_shards
+from stepsave.engine.reader import read_files, read_shard, shard_digest
+from stepsave.engine.uploading import Upload
 from stepsave.errors import PeerError
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
@@ -156,13 +158,15 @@ class _JointUpload(Upload):
         plan = decode_layout(files[orbax.LAYOUT_PATH], str(self._local.path(record.directory)))
         first, count = holding.first_shard, holding.shard_count
         shards = ShardArray(self._bucket, directory, holding.plan)
-        digests: dict[int, int] = {}
+        digests = [0] * count
 
-        def note(number: int, shard: Bytes) -> None:
-            digests[number] = shard_digest(holding.plan, number, shard)
+        def write(number: int, shard: Bytes) -> None:
+            digests[number] = shard_digest(holding.plan, first + number, shard)
+            shards.write(first + number, shard)
 
-        copy_shards(self._local, record, plan, shards, range(first, first + count), crew, note)
-        return tuple(digests[number] for number in range(first, first + count))
+        read = functools.partial(read_shard, self._local, record, plan)
+        copy_shards(count, plan.shard_bytes, read, write, crew)
+        return tuple(digests)
 
 
 class LedUpload(_JointUpload):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from stepsave.engine.choosing import ATTEMPTS
 from stepsave.engine.extents import Needs
 from stepsave.engine.markers import Markers
 from stepsave.engine.newest import restore_newest
@@ -16,9 +17,6 @@ from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = ("ReadOnlyDirectory",)
-
-ATTEMPTS = 10
-"""How often a backup may be replaced while it is being read, until the reader gives up."""
 
 
 class ReadOnlyDirectory:

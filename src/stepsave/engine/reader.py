@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from stepsave.engine.extents import Extents, Needs
+from stepsave.engine.extents import Extents, Needs, view_leaves
 from stepsave.engine.known_files import TRAINING_PATH, is_training, training_path
 from stepsave.errors import (
     ArenaMemoryError,
@@ -20,34 +20,21 @@ from stepsave.errors import (
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.holding import HOLDING_PATH
-from stepsave.format.layout import (
-    CHECKSUM_BYTES,
-    PAGE_BYTES,
-    Grid,
-    chunk_count,
-    decode_layout,
-)
-from stepsave.format.records import (
-    DTYPES,
-    BackupRecord,
-    ChunkSpec,
-    FileRecord,
-    LayoutPlan,
-    LeafSpec,
-)
+from stepsave.format.layout import CHECKSUM_BYTES, PAGE_BYTES, decode_layout
+from stepsave.format.records import BackupRecord, FileRecord, LayoutPlan, LeafSpec
 from stepsave.format.tree import FlatState, decode_structure, unflatten
 from stepsave.snapshot.arena import pages_for
-from stepsave.snapshot.arrays import HostArray, SavedArray, ScatteredArray
+from stepsave.snapshot.arrays import SavedArray
 from stepsave.snapshot.pages import Bytes, Pages
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
 __all__ = (
     "StoredBackup",
+    "decode_plan",
     "read_backup",
     "read_files",
     "read_shard",
-    "shape_chunk",
     "shard_digest",
 )
 
@@ -124,18 +111,9 @@ def read_backup(
             "processes keeps on its disk. Restore it by as many processes with `local_dir=` as it "
             "was saved by, or restore what is in the bucket."
         )
-    for path in (orbax.LAYOUT_PATH, own):
-        if path not in files:
-            raise CorruptBackupError(
-                f"{store.path(record.directory)}: expected {path}, found none."
-            )
-    layout_source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
-    plan = decode_layout(files[orbax.LAYOUT_PATH], layout_source)
-    if (plan.shard_bytes, plan.shard_count) != (record.shard_bytes, len(record.shard_digests)):
-        raise CorruptBackupError(
-            f"{layout_source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
-            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}."
-        )
+    if own not in files:
+        raise CorruptBackupError(f"{store.path(record.directory)}: expected {own}, found none.")
+    plan = decode_plan(store, record, files)
     needs = needs or Needs()
     extents = Extents(plan, None if needs.regions is None else needs.regions(plan.leaves))
     numbers = [number for number in range(plan.shard_count) if extents.of_shard(number)]
@@ -150,7 +128,7 @@ def read_backup(
         lambda number: read_shard(store, record, plan, number, memory, extents, on_read),
         helpers=(store.lanes if store.is_remote else _READ_THREADS) - 1,
     )
-    leaves: Sequence[SavedArray] = _view_leaves(plan, memory, extents)
+    leaves: Sequence[SavedArray] = view_leaves(plan, memory, extents)
     specs: Sequence[LeafSpec] = plan.leaves
     if whole is not None:
         specs, join = whole
@@ -169,6 +147,26 @@ def read_backup(
         ) from e
     flat = FlatState(paths, list(leaves), notes)
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
+
+
+def decode_plan(store: Store, record: BackupRecord, files: Mapping[str, bytes]) -> LayoutPlan:
+    """Decodes the layout of a backup, by its files as they were read.
+
+    Raises:
+        CorruptBackupError: If there is none, or it is not that of the shards that are vouched for.
+    """
+    if orbax.LAYOUT_PATH not in files:
+        raise CorruptBackupError(
+            f"{store.path(record.directory)}: expected {orbax.LAYOUT_PATH}, found none."
+        )
+    source = str(store.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
+    plan = decode_layout(files[orbax.LAYOUT_PATH], source)
+    if (plan.shard_bytes, plan.shard_count) != (record.shard_bytes, len(record.shard_digests)):
+        raise CorruptBackupError(
+            f"{source}: describes {plan.shard_count} shards of {plan.shard_bytes} bytes, "
+            f"but the commit marker {len(record.shard_digests)} of {record.shard_bytes}."
+        )
+    return plan
 
 
 def _make_pages(store: Store, plan: LayoutPlan, extents: Extents) -> Pages:
@@ -287,33 +285,3 @@ def shard_digest(plan: LayoutPlan, number: int, shard: Bytes) -> int:
     seals = (chunk.offset_bytes + chunk.stored_bytes for chunk in plan.shard_chunks[number])
     begins = (seal - start_bytes for seal in seals)
     return crc32c(b"".join(bytes(shard.data[begin:][:CHECKSUM_BYTES]) for begin in begins))
-
-
-def _view_leaves(plan: LayoutPlan, memory: Bytes, extents: Extents) -> list[SavedArray]:
-    """Returns the leaves as views of the memory that they were read into."""
-    chunks: list[dict[Grid, HostArray]] = [{} for _ in plan.leaves]
-    for chunk in plan.chunks:
-        at = extents.find(chunk.offset_bytes, chunk.data_bytes)
-        if at is not None:
-            data = memory[at : at + chunk.data_bytes]
-            chunks[chunk.leaf][chunk.grid] = shape_chunk(plan, chunk, data)
-    leaves: list[SavedArray] = []
-    for number, leaf in enumerate(plan.leaves):
-        pieces, shape = chunks[number], plan.chunk_shapes[number]
-        if 0 in leaf.shape:
-            leaves.append(np.empty(leaf.shape, DTYPES[leaf.dtype]))
-        elif [*pieces] == [(0,) * len(shape)] and chunk_count(leaf, shape) == 1:
-            leaves.append(next(iter(pieces.values())))
-        else:
-            leaves.append(ScatteredArray(leaf.shape, DTYPES[leaf.dtype], shape, pieces))
-    return leaves
-
-
-def shape_chunk(plan: LayoutPlan, chunk: ChunkSpec, data: Bytes) -> HostArray:
-    """Returns the data of a chunk, without padding, as the block of its array that it is."""
-    leaf, chunk_shape = plan.leaves[chunk.leaf], plan.chunk_shapes[chunk.leaf]
-    shape = [
-        min(size, total - at * size)
-        for at, size, total in zip(chunk.grid, chunk_shape, leaf.shape, strict=True)
-    ]
-    return data.view(DTYPES[leaf.dtype]).reshape(shape)

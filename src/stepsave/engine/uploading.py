@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import queue
+import functools
 import time
-from collections.abc import Callable
 
 from stepsave.engine.agreement import SkippedError
 from stepsave.engine.arguments import parse_time_s
 from stepsave.engine.bucket_commit import BucketCommit
-from stepsave.engine.reader import read_files, read_shard
+from stepsave.engine.copying import LANES, copy_shards
+from stepsave.engine.reader import decode_plan, read_files, read_shard
 from stepsave.engine.saves import SaveLog
 from stepsave.errors import BackupDirectoryError, PeerError
 from stepsave.format import orbax
-from stepsave.format.layout import decode_layout
-from stepsave.format.records import BackupRecord, LayoutPlan
-from stepsave.snapshot.pages import Bytes, allocate_pages
+from stepsave.format.records import BackupRecord
 from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Call, Crew
 
-__all__ = ("LoneUpload", "Upload", "UploadPace", "Uploader", "copy_shards")
-
-_LANES = 4
-"""Shards under way at a time: enough for a usual network, and each takes a buffer of its size."""
+__all__ = ("LoneUpload", "Upload", "UploadPace", "Uploader")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,11 +116,11 @@ class LoneUpload(Upload):
     def bring(self, record: BackupRecord, crew: Crew) -> float:
         """Copies it; see `Upload.bring`."""
         files = read_files(self._local, record, crew)
-        source = str(self._local.path(f"{record.directory}/{orbax.LAYOUT_PATH}"))
-        plan = decode_layout(files[orbax.LAYOUT_PATH], source)
+        plan = decode_plan(self._local, record, files)
         directory = self._remote.begin_with(files, record.step)
         shards = ShardArray(self._bucket, directory, plan)
-        copy_shards(self._local, record, plan, shards, range(plan.shard_count), crew)
+        read = functools.partial(read_shard, self._local, record, plan)
+        copy_shards(plan.shard_count, plan.shard_bytes, read, shards.write, crew)
         self._remote.complete()
         self._remote.publish(dataclasses.replace(record, directory=directory))
         return orbax.saved_at_s(files[orbax.METADATA_PATH])
@@ -133,36 +128,6 @@ class LoneUpload(Upload):
     def abandon(self) -> None:
         """Has the next one go to another folder."""
         self._remote.abandon()
-
-
-def copy_shards(
-    local: LocalStore,
-    record: BackupRecord,
-    plan: LayoutPlan,
-    target: ShardArray,
-    numbers: range,
-    crew: Crew,
-    note: Callable[[int, Bytes], None] | None = None,
-) -> None:
-    """Copies the first shards of a backup, verified, to where shards have these numbers.
-
-    `note` is told the number there, and the shard.
-    """
-    buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-
-    def copy(number: int) -> None:
-        try:
-            buffer = buffers.get_nowait()
-        except queue.Empty:
-            buffer = allocate_pages(plan.shard_bytes)
-        read_shard(local, record, plan, number, buffer)
-        if note is not None:
-            note(numbers.start + number, buffer)
-        target.write(numbers.start + number, buffer)
-        buffers.put(buffer)  # not after an error: a request that was given up may read it
-
-    count = len(numbers)
-    crew.share(range(count), copy, helpers=max(0, min(_LANES, count) - 1))
 
 
 class Uploader:
@@ -190,11 +155,11 @@ class Uploader:
         self._tried: BackupRecord | None = None  # the last one that was, or was not, brought there
         self._call: Call[None] | None = None
         try:
-            self._crew = Crew(_LANES, "stepsave-uploader")
+            self._crew = Crew(LANES, "stepsave-uploader")
             log.clocks.append(self._crew.clock)
         except RuntimeError as e:
             raise BackupDirectoryError(
-                f"{place}: cannot start {_LANES} threads for uploads: {e}. Raise the limit "
+                f"{place}: cannot start {LANES} threads for uploads: {e}. Raise the limit "
                 "on threads (ulimit -u)."
             ) from e
 

@@ -44,6 +44,13 @@ class Blueprint:
         self._device = device
         self._holding = holding
 
+    @classmethod
+    def of_files(cls, plan: LayoutPlan, files: Mapping[str, bytes]) -> Blueprint:
+        """Returns that of a backup which was made elsewhere, by its constant files."""
+        made = cls(plan, {})
+        made.__dict__["files"] = dict(files)
+        return made
+
     @functools.cached_property
     def files(self) -> Mapping[str, bytes]:
         """Constant files by path: those of the layout, and those of the items."""

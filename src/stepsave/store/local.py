@@ -264,6 +264,16 @@ class LocalStore:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
+    def used_bytes(self, path: str) -> int:
+        """Space on the disk that a file takes, or all files below a directory."""
+        top = self.root / path
+        paths = [top, *(top / below for below in self.walk(path))]
+        used = 0
+        for one in paths:
+            with contextlib.suppress(FileNotFoundError):  # removed or renamed meanwhile
+                used += os.lstat(one).st_blocks * 512
+        return used
+
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Makes sure that regular files are there and have these sizes.
 
