@@ -11,6 +11,11 @@ import sys
 import typer
 
 from stepsave.cli import looking
+from stepsave.cli.bench import bench
+from stepsave.cli.cp import cp
+from stepsave.cli.demo import demo
+from stepsave.cli.export import export
+from stepsave.cli.gc import gc
 from stepsave.cli.outcome import FOUND, UNASKED
 from stepsave.errors import CorruptBackupError, FormatVersionError, StepsaveError
 
@@ -25,15 +30,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-@app.callback()
-def _options() -> None:
-    """One command each, as soon as there are several."""
-
-
 app.command()(looking.inspect)
 app.command()(looking.verify)
 app.command()(looking.diff)
+app.command()(export)
+app.command()(cp)
+app.command()(gc)
+app.command()(bench)
+app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(demo)
 
 
 def run() -> None:

@@ -6,14 +6,19 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 
 _BACKENDS = ("jax", "tensorflow", "torch")
 
 
-def main() -> int:
-    """Runs the demo, or in a child process one of its trainings; returns the exit status."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the demo, or in a child process one of its trainings; returns the exit status.
+
+    Args:
+        words: Its arguments; None for those of the process.
+    """
     backend = os.environ.setdefault("KERAS_BACKEND", "jax")
-    arguments = _parse_arguments()
+    arguments = _parse_arguments(words)
     problem = _find_missing(backend)
     if problem:
         print(f"stepsave.demo: {problem}", file=sys.stderr)  # noqa: T201
@@ -37,7 +42,7 @@ def main() -> int:
     return 0
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m stepsave.demo",
         description=(
@@ -50,7 +55,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--child", choices=("train", "compare"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     parser.add_argument("--announce-from", type=int, nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def _find_missing(backend: str) -> str | None:

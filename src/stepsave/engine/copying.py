@@ -21,7 +21,7 @@ from stepsave.store.places import Store
 from stepsave.store.shard_array import ShardArray
 from stepsave.threads import Crew
 
-__all__ = ("LANES", "Destination", "copy_backup", "copy_shards")
+__all__ = ("LANES", "Destination", "copy_backup", "copy_shards", "read_back")
 
 LANES = 4
 """Shards under way at a time: enough for a usual network, and each takes a buffer of its size."""
@@ -144,7 +144,7 @@ def copy_backup(
         copy_shards(plan.shard_count, plan.shard_bytes, read, write, crew)
         target.complete(files)
         copied = dataclasses.replace(record, directory=directory)
-        _read_back(target.store, copied, plan, crew, note)
+        read_back(target.store, copied, crew, note)
     except BaseException:
         target.protocol.abandon()
         raise
@@ -163,9 +163,19 @@ def _stage(plan: LayoutPlan, read: Transfer, crew: Crew) -> Transfer:
     return give
 
 
-def _read_back(
-    store: Store, copied: BackupRecord, plan: LayoutPlan, crew: Crew, note: Callable[[int], None]
-) -> None:
-    read_files(store, copied, crew)
-    read = functools.partial(read_shard, store, copied, plan)
+def read_back(store: Store, record: BackupRecord, crew: Crew, note: Callable[[int], None]) -> None:
+    """Reads all of a backup, in the memory of a few shards.
+
+    Args:
+        store: Where it is.
+        record: What the marker says.
+        crew: Threads that help.
+        note: Told of bytes that were read.
+
+    Raises:
+        CorruptBackupError: If it is damaged.
+        OSError: If it cannot be read.
+    """
+    plan = decode_plan(store, record, read_files(store, record, crew))
+    read = functools.partial(read_shard, store, record, plan)
     copy_shards(plan.shard_count, plan.shard_bytes, read, lambda _, shard: note(len(shard)), crew)

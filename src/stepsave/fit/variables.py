@@ -124,7 +124,7 @@ def prepare_model(
             f"Model {model.name!r} is not built, and the backup does not say how. Call it on "
             "a batch of data before `fit`."
         )
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)  # none before `compile`
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
     if by_step is not None and Saveables(model, ()).unbuilt_optimizers:
@@ -368,7 +368,7 @@ def _keep(value: Any) -> Any:
 
 def _collection(model: Any, name: str) -> list[Any]:
     if name == "optimizer_variables":
-        optimizer = model.optimizer
+        optimizer = getattr(model, "optimizer", None)  # none before `compile`
         return [] if optimizer is None else list(optimizer.variables)
     return list(getattr(model, name))
 

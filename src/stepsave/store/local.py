@@ -18,6 +18,7 @@ from typing import Any
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
 from stepsave.store.direct import BLOCK_BYTES, Piece, fill, overwrite
 from stepsave.store.lock import DirectoryLock
+from stepsave.store.whole_file import sync_path
 
 __all__ = ("LocalStore",)
 
@@ -62,7 +63,7 @@ class LocalStore:
             for path in reversed(missing):
                 path.mkdir(exist_ok=True)
                 # Without it a power cut can lose the new directory with all it holds.
-                _sync_path(path.parent)
+                sync_path(path.parent)
         except OSError as e:
             raise BackupDirectoryError(
                 f"{self.root}: cannot create the backup directory: {e.strerror or e}. Choose "
@@ -198,7 +199,7 @@ class LocalStore:
         self.write(temporary, data)
         os.replace(self.root / temporary, self.root / path)
         # Without it a power cut can undo the rename after it was acknowledged.
-        _sync_path((self.root / path).parent)
+        sync_path((self.root / path).parent)
 
     def make_directory(self, path: str) -> None:
         """Makes a directory and its missing parents below the root; not synced.
@@ -212,12 +213,12 @@ class LocalStore:
 
     def sync_directory(self, path: str = "") -> None:
         """Makes the entries of a directory durable."""
-        _sync_path(self.root / path)
+        sync_path(self.root / path)
 
     def sync_tree(self, path: str) -> None:
         """Makes the entries of a directory and of all directories below it durable."""
         for directory, _, _ in os.walk(self.root / path):
-            _sync_path(Path(directory))
+            sync_path(directory)
 
     def rename(self, source: str, target: str) -> None:
         """Renames within the root, durably. The target must not exist."""
@@ -225,7 +226,7 @@ class LocalStore:
             raise FileExistsError(errno.EEXIST, "rename target exists", str(self.root / target))
         os.rename(self.root / source, self.root / target)
         # Without it a power cut can bring the old name back.
-        _sync_path(self.root)
+        sync_path(self.root)
 
     def remove(self, path: str) -> None:
         """Removes a file if it is there; not synced."""
@@ -386,11 +387,3 @@ class LocalStore:
             raise
         finally:
             os.close(fd)
-
-
-def _sync_path(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
