@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ("parse_size", "show_size", "show_time")
+__all__ = ("parse_size", "show_time")
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY_UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -24,22 +24,13 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * unit)
 
 
-def show_size(size_bytes: float) -> str:
-    """Returns a size with three digits, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 999.5:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.4g} TB"
-
-
 def show_time(time_s: float) -> str:
     """Returns a time with about two digits."""
     if time_s < 0.0995:
         return f"{time_s * 1e3:.2g} ms"
     if time_s < 0.995:
         return f"{time_s * 1e3:.0f} ms"
-    if time_s < 60:
+    if time_s < 59.95:
         return f"{time_s:.1f} s"
     minutes, seconds = divmod(round(time_s), 60)
     hours, minutes = divmod(minutes, 60)

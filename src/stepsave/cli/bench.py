@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepsave.cli.amounts import parse_size, show_size, show_time
+from stepsave.cli.amounts import parse_size, show_time
 from stepsave.cli.costs import SaveCost
+from stepsave.cli.screen import size_text
 
 if TYPE_CHECKING:
     from stepsave.cli.measuring import Figures
@@ -49,10 +50,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer saves.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say it as JSON.")] = False,
 ) -> None:
-    """Measures what saves cost here, and says how often to save. Takes about a minute.
+    """Measure what saves cost here, and say how often to save.
 
     Saves a state of that size with the engine itself, in a directory of its own in DIR that is
-    removed afterwards.
+    removed afterwards. Takes about a minute.
     """
     from stepsave.cli import jobs
     from stepsave.cli.measuring import measure
@@ -79,7 +80,7 @@ def bench(
 
 
 def _show_figures(figures: Figures) -> None:
-    state = f"{show_size(figures.state_bytes)} in {figures.arrays} {figures.backend} arrays"
+    state = f"{size_text(figures.state_bytes)} in {figures.arrays} {figures.backend} arrays"
     typer.echo(f"{state} ({figures.device}) to {figures.place},")
     typer.echo(f"medians of {figures.saves} saves:\n")
     speeds = [
@@ -89,7 +90,7 @@ def _show_figures(figures: Figures) -> None:
     if figures.to_host_s is not None:
         speeds.append(("device to host", figures.to_host_s, "array by array"))
     for name, time_s, what in speeds:
-        speed = f"{show_size(figures.state_bytes / time_s)}/s"
+        speed = f"{size_text(figures.state_bytes / time_s)}/s"
         typer.echo(f"  {name:<16}{show_time(time_s):>8}   {speed:>9}  {what}")
 
 
@@ -106,13 +107,13 @@ def _explain(cost: SaveCost, every: int, max_overhead: float) -> None:
     follows = cost.disk_follows_every()
     if every > follows:
         why = (
-            f"so training waits for {_percent(max_overhead)} of its time at most. The disk could "
-            f"follow with save_freq={follows}."
+            f", so that training waits for {_percent(max_overhead)} of its time at most. The disk "
+            f"could follow with save_freq={follows}."
         )
     else:
-        why = "the disk cannot follow more often, though waiting for the copies would allow it."
+        why = ": the disk cannot follow more often, though waiting for the copies would allow it."
     text = (
-        f"Recommended: save_freq={every}: {why} Where training leaves no core and no memory "
+        f"Recommended: save_freq={every}{why} Where training leaves no core and no memory "
         "bandwidth idle, writing in the background slows it down further. These are figures of "
         "this moment, and no promise."
     )

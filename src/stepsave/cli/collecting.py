@@ -65,8 +65,8 @@ def collect(directory: str, *, force: bool) -> Found:
         DirectoryBusyError: If somebody trains there.
         BackupDirectoryError, CorruptBackupError: As `look`.
     """
+    before = look(directory).leftovers  # opening it removes some, too
     store = open_store(directory)
-    store.check_directory()
 
     def work(job: Job, crew: Crew) -> Found:
         job.begin("removing", None)
@@ -74,15 +74,15 @@ def collect(directory: str, *, force: bool) -> Found:
         try:
             held.open("auto", 1, double_checkpoint=True)
             found = _find(store, held.protocol)
-            if not found.leftovers:
-                return found
-            if not force:
+            if found.leftovers and not force:
                 check_rival(held.protocol, store.root, "When it has ended, say --force.")
-            remove_leftovers(held.protocol)
+            if found.leftovers:  # else a bucket would be taken from its training for nothing
+                remove_leftovers(held.protocol)
             left = {one.path for one in _find(store, held.protocol).leftovers}
         finally:
             held.release()
-        gone = tuple(one for one in found.leftovers if one.path not in left)
+        some = {one.path: one for one in (*before, *found.leftovers)}
+        gone = tuple(some[path] for path in sorted(some) if path not in left)
         return dataclasses.replace(found, leftovers=gone)
 
     return jobs.do(work, store.lanes)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from stepsave.cli.amounts import show_size, show_time
+from stepsave.cli.amounts import show_time
+from stepsave.cli.screen import size_text
 
 __all__ = ("cp",)
 
@@ -24,11 +25,11 @@ def cp(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say what was copied as JSON.")] = False,
 ) -> None:
-    """Copies the newest backup to another directory or bucket, and reads it back there.
+    """Copy a backup to another directory or bucket.
 
-    The copy is a backup like any other: a training goes on from it. It becomes valid in one step,
-    when all of it was read back, so a copy that is interrupted does not count; what DST had before
-    stays valid until then. SRC may be in use, DST must not be.
+    The newest one. The copy is a backup like any other: a training goes on from it. It becomes
+    valid in one step, when all of it was read back, so a copy that is interrupted does not count;
+    what DST had before stays valid until then. SRC may be in use, DST must not be.
     """
     from stepsave.cli.copying import copy
 
@@ -40,8 +41,8 @@ def cp(
         if one.was_there:
             typer.echo(f"{one.place}: step {one.step} was there already, and is whole.")
             continue
-        speed = f"{show_size(one.size_bytes / one.took_s)}/s"
+        speed = f"{size_text(one.size_bytes / one.took_s)}/s"
         typer.echo(
-            f"{one.place}: step {one.step}, {show_size(one.size_bytes)} copied and read back in "
+            f"{one.place}: step {one.step}, {size_text(one.size_bytes)} copied and read back in "
             f"{show_time(one.took_s)} ({speed})."
         )

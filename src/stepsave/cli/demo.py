@@ -8,7 +8,7 @@ __all__ = ("demo",)
 
 
 def demo(context: typer.Context) -> None:
-    """Kills a training in the middle of a save, and shows that it goes on with the same bits.
+    """Kill a training in the middle of a save, and go on from it.
 
     KERAS_BACKEND chooses the backend: jax (default), tensorflow or torch. Takes half a minute.
     """

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stepsave.cli.amounts import show_size
+from stepsave.cli.screen import size_text
 
 __all__ = ("export",)
 
@@ -36,7 +36,7 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say what was written as JSON.")] = False,
 ) -> None:
-    """Writes a backup as a file that other tools read.
+    """Write a backup as a file that other tools read.
 
     .weights.h5 is for `model.load_weights`, .keras for `keras.saving.load_model`: for both Keras is
     imported and rebuilds the model, by KERAS_BACKEND or on the backend that it was trained on, on
@@ -59,7 +59,7 @@ def export(
         typer.echo(json.dumps({"file": str(out), **dataclasses.asdict(done)}))
         return
     kind = "variables" if done.backend else "arrays"
-    typer.echo(f"{out}: step {done.step}, {done.arrays} {kind}, {show_size(done.size_bytes)}")
+    typer.echo(f"{out}: step {done.step}, {done.arrays} {kind}, {size_text(done.size_bytes)}")
     if not everything and done.arrays < done.of_arrays:
         typer.echo(
             f"The model alone, of {done.of_arrays} arrays in the backup; --all takes the state of "

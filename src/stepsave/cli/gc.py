@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepsave.cli.amounts import show_size
+from stepsave.cli.screen import size_text
 
 __all__ = ("gc",)
 
@@ -21,7 +21,7 @@ def gc(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Say it as JSON.")] = False,
 ) -> None:
-    """Says what lies beside the valid backups and could be removed; removes it with --yes.
+    """Show what is left over beside the backups; --yes removes it.
 
     That is what killed saves have left, temporary files, and the directory that the next save would
     write into again: a training has one of the size of its state as long as it goes on. Valid
@@ -35,12 +35,12 @@ def gc(
         return
     typer.echo(f"{found.place}: {_describe(found.valid)}")
     for one in found.leftovers:
-        size = "size unknown" if one.used_bytes is None else show_size(one.used_bytes)
+        size = "size unknown" if one.used_bytes is None else size_text(one.used_bytes)
         typer.echo(f"  {one.path}  {size}\n      {one.reason}")
     if not found.leftovers:
         typer.echo("Nothing is left over.")
         return
-    total = show_size(sum(one.used_bytes or 0 for one in found.leftovers))
+    total = size_text(sum(one.used_bytes or 0 for one in found.leftovers))
     is_all_known = all(one.used_bytes is not None for one in found.leftovers)
     about = total if is_all_known else f"at least {total}"
     if yes:

@@ -72,7 +72,7 @@ def rebuild(
         )
     sys.path.insert(0, os.getcwd())  # as for a script there
     for name in imports:
-        importlib.import_module(name)
+        _import(name)
     import keras
 
     from stepsave.fit.keras_saving import no_import_of_tensorflow
@@ -94,6 +94,16 @@ def rebuild(
     prepare_model(model, backup.metadata.get("build_config"))
     restore_fit(model, backup if whole else _without_training(backup, model))
     return model
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        raise ValueError(
+            f"--import {name}: expected a module in {os.getcwd()} or one that is "
+            f"installed, found: {e}."
+        ) from e
 
 
 def write_keras(path: str, model: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import os
 import shutil
 import statistics
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from stepsave.cli.amounts import show_size
 from stepsave.cli.jobs import Job
+from stepsave.cli.screen import size_text
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.engine.known_files import COMMIT
 from stepsave.errors import BackupDirectoryError
@@ -87,6 +88,8 @@ def measure(job: Job, where: str, size_bytes: int, backend: str, *, quick: bool)
         BackupDirectoryError: If that is no place for it.
         SaveFailedError: If one fails.
     """
+    if importlib.util.find_spec(backend) is None:
+        raise ValueError(f"{backend} not found. Run: pip install 'stepsave[{backend}]'")
     count = max(1, round(size_bytes / _ARRAY_BYTES))
     each_bytes = max(4, size_bytes // count // 4 * 4)
     _check_place(where, count * each_bytes)
@@ -158,8 +161,8 @@ def _check_place(where: str, state_bytes: int) -> None:
     for name, (wanted, there) in needed.items():
         if there is not None and there < wanted:
             raise BackupDirectoryError(
-                f"{where}: to measure {show_size(state_bytes)} needs {show_size(wanted)} of "
-                f"{name}, found {show_size(there)}. Choose a smaller --size, or another place."
+                f"{where}: to measure {size_text(state_bytes)} needs {size_text(wanted)} of "
+                f"{name}, found {size_text(there)}. Choose a smaller --size, or another place."
             )
 
 

@@ -1,0 +1,44 @@
+"""Sizes and times as people write and read them."""
+
+import pytest
+
+from stepsave.cli.amounts import parse_size, show_time
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("1GB", 10**9),
+        ("300 mb", 300 * 10**6),
+        ("2GiB", 2 << 30),
+        ("1.5kB", 1500),
+        ("17", 17),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_read(text, size_bytes):
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 Gb/s", "1e9", "one"])
+def test_what_is_no_size_is_refused_by_name(text):
+    with pytest.raises(ValueError, match="such as 300MB") as error:
+        parse_size(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"),
+    [
+        (0.0004, "0.4 ms"),
+        (0.0123, "12 ms"),
+        (0.182, "182 ms"),
+        (1.26, "1.3 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (300, "5 min 0 s"),
+        (7300, "2 h 1 min"),
+    ],
+)
+def test_times_are_shown_with_a_unit(time_s, text):
+    assert show_time(time_s) == text
