@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -107,14 +108,24 @@ def _import(name: str) -> None:
 
 
 def write_keras(path: str, model: Any) -> int:
-    """Writes what the name of a file says, all or weights alone; returns how many variables."""
+    """Writes what the name of a file says, all or weights alone; returns how many variables.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     from stepsave.fit.keras_saving import no_import_of_tensorflow
 
-    with no_import_of_tensorflow():
-        if path.endswith(".keras"):
-            model.save(path)
-        else:
-            model.save_weights(path)
+    try:
+        with no_import_of_tensorflow():
+            if path.endswith(".keras"):
+                model.save(path)
+            else:
+                model.save_weights(path)
+    except RuntimeError as e:  # of h5py, for what the system refuses it when it closes a file
+        number = re.search(r"\berrno = (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path) from e
     optimizer = getattr(model, "optimizer", None)  # none before `compile`
     return len(model.variables) + (0 if optimizer is None else len(optimizer.variables))
 
