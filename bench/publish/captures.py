@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ VARYING = [
     (re.compile(r"\S+ (s|min|h|days) ago, \S+ \S+ UTC"), "… ago, …"),
     (re.compile(r"in \S+ s, \S+ \w?B/s"), "in … s, … MB/s"),
     (re.compile(r"(LOCK +)\d+ B"), r"\1… B"),
+    (re.compile(r"in [\d.]+ m?s \([\d.]+ \w?B/s\)"), "in … s (… MB/s)"),
+    (re.compile(r"(160  |frees |Removed: )[\d.]+ MB"), r"\1… MB"),  # in blocks of the file system
 ]
 
 
@@ -81,6 +84,11 @@ def example_state(step: int) -> dict:
     return {"trainable_variables": layers, "optimizer_variables": {"sgd": slots}}
 
 
+def leave_debris(folder: Path) -> None:
+    """What a process leaves that is killed right before a save is committed."""
+    shutil.copytree(folder / "my_backup" / "140", folder / "my_backup" / "160")
+
+
 def spoil(folder: Path) -> None:
     """Flips a bit of two variables of the newest backup, and cuts a file of the one before."""
     for shape in ((512, 10), (512,)):
@@ -111,6 +119,11 @@ CAPTURES = [
     Capture("verify", "stepsave verify my_backup"),
     Capture("diff", "stepsave diff my_backup other", 1),
     Capture("diff alone", "stepsave diff my_backup", 1),
+    Capture("export", "stepsave export my_backup model.safetensors"),
+    Capture("cp", "stepsave cp my_backup copy"),
+    Capture("cp again", "stepsave cp my_backup copy"),
+    Capture("gc", "stepsave gc my_backup", 0, leave_debris),
+    Capture("gc yes", "stepsave gc my_backup --yes"),
     # From here on it is damaged.
     Capture("verify damaged", "stepsave verify my_backup", 1, spoil),
     Capture("inspect damaged", "stepsave inspect my_backup", 1),

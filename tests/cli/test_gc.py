@@ -176,6 +176,14 @@ def test_in_a_bucket_it_removes_what_no_marker_names(s3, capsys):
     assert_is_state_of(restore_once(s3.place))
 
 
+def test_a_bucket_without_debris_stays_that_of_its_training(s3):
+    with stepsave.Checkpointer(s3.place) as saver:
+        saver.save(1, state_of(1)).wait()
+        assert "Nothing is left over" in run("gc", s3.place, "--yes").stdout
+        saver.save(2, state_of(2)).wait()
+    assert_is_state_of(restore_once(s3.place))
+
+
 def test_a_bucket_with_debris_alone_is_empty_afterwards(s3, capsys):
     litter_bucket(s3)
     client, bucket, prefix = client_of(s3)
