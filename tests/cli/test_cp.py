@@ -271,29 +271,29 @@ def test_a_source_that_is_replaced_meanwhile_is_read_at_once_the_next_time(tmp_p
 
     save_once(tmp_path / "a", state_of(1), 1)
     read_shard, write_direct = copying.read_shard, copying.LocalStore.write_direct
-    calls = []
+    calls, guard = [], threading.Lock()
 
     def read(store, record, *arguments):
-        calls.append(("read", record.step, store.root.name))
-        if len(calls) == 1:
-            save_once(tmp_path / "a", state_of(2), 2)
-        read_shard(store, record, *arguments)
+        with guard:
+            calls.append(("read", record.step, store.root.name))
+            if len(calls) == 1:
+                save_once(tmp_path / "a", state_of(2), 2)
+            read_shard(store, record, *arguments)
 
     def write(self, path, *arguments):
-        calls.append(("write", path, self.root.name))
+        if self.root.name == "b" and "/d/c/" in path:
+            calls.append(("write",))
         return write_direct(self, path, *arguments)
 
     monkeypatch.setattr(copying, "read_shard", read)
     monkeypatch.setattr(copying.LocalStore, "write_direct", write)
     call("cp", tmp_path / "a", tmp_path / "b")
-    assert_is_state_of(restore_once(tmp_path / "b"))
-    of_two = [kind for kind, what, place in calls if (what, place) == (2, "a") or place == "b"]
-    last_read = max(i for i, one in enumerate(calls) if one == ("read", 2, "a"))
-    shard_writes = [i for i, one in enumerate(calls) if one[0] == "write" and "/d/c/" in one[1]]
-    assert of_two
-    assert all(i > last_read for i in shard_writes if calls[i][2] == "b" and i > calls.index(
-        ("read", 2, "a")
-    ))
+    assert stepsave.restore(tmp_path / "b").step == 2
+    assert_is_state_of(stepsave.restore(tmp_path / "b"))
+    reads = [at for at, one in enumerate(calls) if one == ("read", 2, "a")]
+    assert len(reads) == len(shard_files(tmp_path / "a", 2)) > 1
+    assert ("write",) not in calls[reads[0] : reads[-1]]
+    assert ("write",) in calls[reads[-1] :]
 
 
 # Kills its own process at the n-th operation on the destination.
