@@ -120,20 +120,38 @@ def test_a_copy_of_a_bucket_by_other_tools_becomes_a_directory_to_train_on(tmp_p
     call("cp", tmp_path / "b", tmp_path / "synced", status=2)
 
 
-def test_all_brings_the_backup_before_it_too(tmp_path, s3):
-    with stepsave.Checkpointer(tmp_path / "a", double_checkpoint=True) as saver:
-        for step in (3, 8):
+def test_all_brings_the_backups_before_it_too(tmp_path, s3):
+    with stepsave.Checkpointer(tmp_path / "a", keep=2) as saver:
+        for step in (3, 5, 8):
             saver.save(step, state_of(step), {"step": step}).wait()
     for place in (tmp_path / "b", s3.place):
         call("cp", "--all", tmp_path / "a", place)
         with stepsave.Checkpointer(place, read_only=True) as reader:
-            assert (reader.committed.step, reader.previous.step) == (8, 3)
+            assert (reader.committed.step, *(one.step for one in reader.kept)) == (8, 5, 3)
+            for step in (3, 5, 8):
+                assert_is_state_of(reader.restore(step=step))
     flip_bit(shard_files(tmp_path / "b", 8)[0], 0)
-    with pytest.warns(UserWarning, match="of step 3"):
+    with pytest.warns(UserWarning, match="of step 5"):
         assert_is_state_of(stepsave.restore(tmp_path / "b"))
     call("cp", tmp_path / "a", tmp_path / "one")
     with stepsave.Checkpointer(tmp_path / "one", read_only=True) as reader:
-        assert reader.previous is None
+        assert reader.kept == ()
+
+
+def test_training_goes_back_to_a_kept_backup_at_another_place(tmp_path, s3):
+    with stepsave.Checkpointer(tmp_path / "a", keep=2) as saver:
+        for step in (3, 5, 8):
+            saver.save(step, state_of(step)).wait()
+    for place in (tmp_path / "b", s3.place):
+        call("cp", f"{tmp_path}/a@5", place)
+        with stepsave.Checkpointer(place) as saver:
+            assert saver.kept == ()
+            backup = saver.restore()
+            assert backup.step == 5
+            assert_is_state_of(backup)
+            saver.save(6, state_of(6)).wait()
+    assert stepsave.restore(tmp_path / "a").step == 8
+    call("cp", f"{tmp_path}/a@4", tmp_path / "c", status=2)
 
 
 def test_what_is_there_is_replaced_by_newer_ones_only_unless_asked(tmp_path, s3, capsys):

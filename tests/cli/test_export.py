@@ -152,18 +152,16 @@ def test_of_a_fit_the_models_variables_are_exported_and_all_if_asked(tmp_path, c
     assert_same(read(tmp_path / f"all.{suffix}"), expected)
 
 
-def test_another_backup_than_the_newest_is_chosen_by_step_or_as_the_previous_one(tmp_path, capsys):
-    with stepsave.Checkpointer(tmp_path / "backup", double_checkpoint=True) as saver:
+def test_another_backup_than_the_newest_is_chosen_by_its_step(tmp_path, capsys):
+    with stepsave.Checkpointer(tmp_path / "backup", keep=1) as saver:
         for step in (3, 8):
             saver.save(step, {"a": np.full(4, step)}).wait()
-    for number, (options, step) in enumerate(
-        [((), 8), (("--step", 8), 8), (("--step", 3), 3), (("--previous",), 3)]
-    ):
-        call("export", tmp_path / "backup", tmp_path / f"{number}.npz", *options)
+    for number, (named, step) in enumerate([("", 8), ("@8", 8), ("@3", 3)]):
+        call("export", f"{tmp_path}/backup{named}", tmp_path / f"{number}.npz")
         assert read_npz(tmp_path / f"{number}.npz")[0]["a"].tolist() == [step] * 4
     capsys.readouterr()
-    call("export", tmp_path / "backup", tmp_path / "none.npz", "--step", 4, status=2)
-    assert "expected a backup of step 4, found step 8 and step 3" in capsys.readouterr().err
+    call("export", f"{tmp_path}/backup@4", tmp_path / "none.npz", status=2)
+    assert "expected a backup of step 4, found step 8, step 3" in capsys.readouterr().err
 
 
 def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_on_a_terminal_verify_shows_how_far_it_is_and_how_fast_and_then_what_was
     assert "verifying" in written
     assert re.search(r"120\.\d/120\.\d MB|0\.0/120\.\d MB", re.sub(r"\x1b\[[\d;?]*\w", "", written))
     assert written.rstrip().endswith("\x1b[0m")
-    assert "\x1b[32mvalid: step 160 and 150" in written
+    assert "\x1b[32mvalid: step 160, 150" in written
     spoil(tmp_path, 160, "a")
     status, written = in_terminal("verify", tmp_path)
     assert status == 1

@@ -61,13 +61,15 @@ def damaged_variables(lines):
 
 def test_a_whole_backup_is_valid_and_a_pipe_hears_one_line(backup):
     told = ask("verify", backup)
-    assert re.fullmatch(r"valid: step 160 and 150; read \S+ kB in \S+ s, \S+ \w?B/s\n", told)
+    assert re.fullmatch(r"valid: step 160, 150; read \S+ kB in \S+ s, \S+ \w?B/s\n", told)
 
 
 @pytest.mark.parametrize("version", [path.name for path in GOLDEN.iterdir()])
 def test_backups_of_all_formats_are_valid(version):
     before = tree_bytes(GOLDEN / version)
-    assert ask("verify", GOLDEN / version).startswith("valid: step 1200; read ")
+    told = ask("verify", GOLDEN / version)
+    steps = "1200, 1000, 800, 600" if version == "v1-kept" else "1200"
+    assert told.startswith(f"valid: step {steps}; read ")
     assert tree_bytes(GOLDEN / version) == before
 
 
@@ -249,7 +251,7 @@ def test_while_a_training_saves_there_what_is_replaced_is_not_said_to_be_damaged
 @pytest.mark.xdist_group("buckets")
 def test_a_bucket_is_verified(s3):
     save_two(s3.place, [state_of(150), state_of(160)])
-    assert ask("verify", s3.place).startswith("valid: step 160 and 150; read ")
+    assert ask("verify", s3.place).startswith("valid: step 160, 150; read ")
     store = open_store(s3.place)
     (shard,) = [p for p in store.list("") if "/160/" in p and p.endswith("/d/c/1")]
     data = bytearray(store.read(shard, 1 << 30))

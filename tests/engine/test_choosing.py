@@ -5,7 +5,7 @@ import pytest
 from engine_support import flip_bit, save_once
 
 import stepsave
-from stepsave.engine.choosing import ATTEMPTS, Choice, read_chosen
+from stepsave.engine.choosing import ATTEMPTS, find_backup, read_chosen
 from stepsave.store.local import LocalStore
 
 
@@ -17,28 +17,24 @@ def store(tmp_path):
     return LocalStore(tmp_path / "backup")
 
 
-@pytest.mark.parametrize(
-    ("choice", "step"),
-    [(Choice(), 8), (Choice(step=8), 8), (Choice(step=3), 3), (Choice(previous=True), 3)],
-)
-def test_it_is_found_as_it_is_named(store, choice, step):
-    assert choice.find(store).step == step
+@pytest.mark.parametrize(("named", "step"), [(None, 8), (8, 8), (3, 3)])
+def test_it_is_found_as_it_is_named(store, named, step):
+    assert find_backup(store, named).step == step
 
 
 def test_what_is_not_there_is_said_with_what_is(store, tmp_path):
-    with pytest.raises(stepsave.BackupDirectoryError, match="of step 4, found step 8 and step 3"):
-        Choice(step=4).find(store)
-    save_once(tmp_path / "one", {"a": 1}, 2)
-    with pytest.raises(stepsave.BackupDirectoryError, match="before the newest, found step 2"):
-        Choice(previous=True).find(LocalStore(tmp_path / "one"))
+    with pytest.raises(stepsave.BackupDirectoryError, match="of step 4, found step 8, step 3"):
+        find_backup(store, 4)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(stepsave.BackupDirectoryError, match="expected a backup, found none"):
+        find_backup(LocalStore(tmp_path / "none"))
 
 
 def test_a_marker_that_cannot_be_read_is_said_unless_the_other_one_is_meant(store):
     flip_bit(store.root / "COMMIT", 70)
     with pytest.raises(stepsave.CorruptBackupError, match="COMMIT"):
-        Choice().find(store)
-    assert Choice(previous=True).find(store).step == 3
-    assert Choice(step=3).find(store).step == 3
+        find_backup(store)
+    assert find_backup(store, 3).step == 3
 
 
 def test_a_backup_that_was_replaced_while_it_was_read_is_read_anew(store):
@@ -51,7 +47,7 @@ def test_a_backup_that_was_replaced_while_it_was_read_is_read_anew(store):
             raise FileNotFoundError(record.directory)
         return "read"
 
-    assert read_chosen(store, Choice(), read) == "read"
+    assert read_chosen(store, None, read) == "read"
     assert tried == [(8, 0), (9, 1)]
 
 
@@ -63,7 +59,7 @@ def test_an_error_of_a_backup_that_is_still_there_is_raised_at_once(store):
         raise stepsave.CorruptBackupError("spoilt")
 
     with pytest.raises(stepsave.CorruptBackupError, match="spoilt"):
-        read_chosen(store, Choice(), read)
+        read_chosen(store, None, read)
     assert tried == [8]
 
 
@@ -75,5 +71,5 @@ def test_one_that_is_replaced_each_time_is_given_up(store):
         raise FileNotFoundError(record.directory)
 
     with pytest.raises(stepsave.BackupDirectoryError, match=f"replaced {ATTEMPTS} times"):
-        read_chosen(store, Choice(), read)
+        read_chosen(store, None, read)
     assert next(steps) == 10 + ATTEMPTS

@@ -11,6 +11,7 @@ from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.leftovers import Leftover, find_leftovers, remove_leftovers
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.store.bucket import BucketStore
 from stepsave.store.places import Store, open_store
@@ -48,8 +49,8 @@ def look(directory: str) -> Found:
         job.begin("looking", None)
         # As for one who would save: so it is refused where nobody could.
         if isinstance(store, BucketStore):
-            return _find(store, BucketCommit(store, double_checkpoint=True))
-        return _find(store, CommitProtocol(store, double_checkpoint=True))
+            return _find(store, BucketCommit(store, Retention(0)))
+        return _find(store, CommitProtocol(store, Retention(0)))
 
     return jobs.do(work, 1)
 
@@ -72,7 +73,7 @@ def collect(directory: str, *, force: bool) -> Found:
         job.begin("removing", None)
         held = BackupDirectory(store, SaveLog(), crew)
         try:
-            held.open("auto", 1, double_checkpoint=True)
+            held.open("auto", 1, Retention(0))  # nothing is saved
             found = _find(store, held.protocol)
             if found.leftovers and not force:
                 check_rival(held.protocol, store.root, "When it has ended, say --force.")
@@ -89,6 +90,5 @@ def collect(directory: str, *, force: bool) -> Found:
 
 
 def _find(store: Store, protocol: CommitProtocol | BucketCommit) -> Found:
-    records = (protocol.committed, protocol.previous)
-    valid = tuple(record.step for record in records if record is not None)
+    valid = tuple(record.step for record in protocol.records)
     return Found(str(store.root), valid, tuple(find_leftovers(store, protocol)))

@@ -87,7 +87,7 @@ def _choose(store: Store, markers: Markers, step: int | None, number: int) -> Ba
     there = ", ".join(str(one.step) for one in found) or "none"
     wanted = f"a backup of step {step}" if step is not None else "a backup"
     if number and found:
-        wanted = "two backups to compare (`double_checkpoint=True` keeps them)"
+        wanted = "two backups to compare (`keep=1` keeps one before the newest)"
     raise BackupDirectoryError(
         f"{store.root}: expected {wanted}, found these valid steps: {there}. `stepsave inspect` "
         "says what lies there."

@@ -1,4 +1,4 @@
-"""A backup, or two, from one place to another."""
+"""A backup, or all of them, from one place to another."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import time
 
 from stepsave.cli import jobs
 from stepsave.cli.jobs import Job
+from stepsave.cli.places import split_step
 from stepsave.engine.bucket_commit import BucketCommit
-from stepsave.engine.choosing import Choice, read_chosen
+from stepsave.engine.choosing import find_backup, read_chosen
 from stepsave.engine.copying import LANES, Destination, copy_backup, read_back
 from stepsave.engine.directory import BackupDirectory
 from stepsave.engine.markers import Markers
+from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveLog
 from stepsave.errors import BackupDirectoryError, DirectoryBusyError
 from stepsave.format.records import BackupRecord
@@ -42,7 +44,13 @@ class Copied:
 
 
 def copy(source: str, target: str, *, everything: bool, overwrite: bool) -> list[Copied]:
-    """Copies the newest backup, the one before it first if that is wanted too.
+    """Copies the newest backup, those before it first if they are wanted too.
+
+    Args:
+        source: A place; `@STEP` after it means the backup of that step.
+        target: A place.
+        everything: Whether those before it are copied too.
+        overwrite: Whether what is there may be replaced, though it is not older.
 
     Raises:
         ValueError: If one place lies in the other.
@@ -50,21 +58,21 @@ def copy(source: str, target: str, *, everything: bool, overwrite: bool) -> list
         DirectoryBusyError: If somebody trains there.
         CorruptBackupError: If the backup is damaged, or does not read back.
     """
-    here, there = open_store(source), open_store(target)
+    place, step = split_step(source)
+    here, there = open_store(place), open_store(target)
     _check_apart(here, there)
     here.check_directory()
-    choices = [Choice()]
-    if everything and _has_previous(here):
-        choices.insert(0, Choice(previous=True))
+    older = _steps_before(here, step) if everything else []
 
     def work(job: Job, crew: Crew) -> list[Copied]:
-        Choice().find(here)  # before anything is made there
+        find_backup(here, step)  # before anything is made there
         directory = BackupDirectory(there, SaveLog(), crew)
         is_new = isinstance(there, LocalStore) and not there.root.exists()
         try:
-            directory.open("auto", there.lanes, double_checkpoint=len(choices) > 1)
+            directory.open("auto", there.lanes, Retention(len(older)))
             errand = _Errand(here, directory, there, job, crew, overwrite)
-            brought = [errand.bring(choice) for choice in choices]
+            brought = [errand.bring(one, is_older=True) for one in older]
+            brought.append(errand.bring(step, is_older=False))
             return [one for one in brought if one is not None]
         finally:
             directory.release(remove=is_new and _is_empty(there))
@@ -97,21 +105,21 @@ class _Errand:
     crew: Crew
     overwrite: bool
 
-    def bring(self, choice: Choice) -> Copied | None:
-        """Copies one; None for one before the newest, if what is there is newer than that."""
+    def bring(self, step: int | None, *, is_older: bool) -> Copied | None:
+        """Copies one; None for one before the last, if what is there is newer than that."""
         began_s = time.perf_counter()
 
         def read(record: BackupRecord, attempt: int) -> tuple[BackupRecord, bool] | None:
             size_bytes = len(record.shard_digests) * record.shard_bytes
             protocol = self.directory.protocol
-            for there in (protocol.committed, protocol.previous):
-                if there is not None and there.nonce == record.nonce:
+            for there in protocol.records:
+                if there.nonce == record.nonce:
                     self.job.begin(f"verifying step {record.step}", size_bytes)
                     read_back(self.target, there, self.crew, self.job.note)
                     return there, True
             newest = protocol.committed
             is_newer = newest is not None and newest.step > record.step
-            if choice.previous and is_newer and not self.overwrite:
+            if is_older and is_newer and not self.overwrite:
                 return None
             self._make_room(record)
             self.job.begin(f"copying step {record.step}", 2 * size_bytes)
@@ -120,7 +128,7 @@ class _Errand:
             copied = copy_backup(self.source, record, target, self.crew, note, staged=attempt > 0)
             return copied, False
 
-        found = read_chosen(self.source, choice, read)
+        found = read_chosen(self.source, step, read)
         if found is None:
             return None
         record, was_there = found
@@ -163,16 +171,18 @@ def _check_apart(here: Store, there: Store) -> None:
         )
 
 
-def _has_previous(store: Store) -> bool:
+def _steps_before(store: Store, step: int | None) -> list[int]:
+    """Returns the steps of the backups before one, or before the newest, oldest first."""
+    last = find_backup(store, step).step
     markers = Markers(store)
     markers.read_markers()
-    return markers.previous is not None
+    return sorted(record.step for record in markers.records if record.step < last)
 
 
 def _is_empty(store: Store) -> bool:
     markers = Markers(store)
     markers.read_markers()
-    return markers.committed is None and markers.previous is None
+    return not markers.records
 
 
 def _size_bytes(record: BackupRecord) -> int:

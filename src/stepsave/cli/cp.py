@@ -15,11 +15,15 @@ __all__ = ("cp",)
 
 
 def cp(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, s3://… or gs://…")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A directory, s3://… or gs://…; @STEP after it means that of a step.",
+        ),
+    ],
     target: Annotated[str, typer.Argument(metavar="DST", help="Where to: likewise.")],
-    everything: Annotated[
-        bool, typer.Option("--all", help="The backup before the newest too, if there is one.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The backups before it too.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a backup in DST that is not older.")
     ] = False,
@@ -27,9 +31,10 @@ def cp(
 ) -> None:
     """Copy a backup to another directory or bucket.
 
-    The newest one. The copy is a backup like any other: a training goes on from it. It becomes
-    valid in one step, when all of it was read back, so a copy that is interrupted does not count;
-    what DST had before stays valid until then. SRC may be in use, DST must not be.
+    The newest one, unless a step is named. The copy is a backup like any other: a training goes on
+    from it. It becomes valid in one step, when all of it was read back, so a copy that is
+    interrupted does not count; what DST had before stays valid until then. SRC may be in use, DST
+    must not be.
     """
     from stepsave.cli.copying import copy
 

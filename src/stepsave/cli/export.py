@@ -16,13 +16,14 @@ __all__ = ("export",)
 
 def export(
     directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A backup directory, s3://… or gs://…")
+        str,
+        typer.Argument(
+            metavar="DIR", help="A backup directory, s3://… or gs://…; @STEP after it means a step."
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(metavar="FILE", help="*.weights.h5, *.keras, *.safetensors or *.npz")
     ],
-    step: Annotated[int | None, typer.Option(metavar="N", help="The backup of this step.")] = None,
-    previous: Annotated[bool, typer.Option("--previous", help="The one before it.")] = False,
     everything: Annotated[
         bool,
         typer.Option("--all", help="Optimizer, metrics and the rest too."),
@@ -45,15 +46,13 @@ def export(
     All that is read is verified first. The file is there as a whole, or not at all.
     """
     from stepsave.cli.exporting import FORMATS, Export
-    from stepsave.engine.choosing import Choice
-    from stepsave.store.places import open_store
+    from stepsave.cli.places import open_place, split_step
 
     suffix = next((one for one in FORMATS if out.name.endswith(one)), None)
     if suffix is None:
         raise ValueError(f"{out}: expected a name that ends in {', '.join(FORMATS)}.")
-    order = Export(
-        open_store(directory), Choice(step, previous), out, suffix, everything, imports or ()
-    )
+    place, step = split_step(directory)
+    order = Export(open_place(place), step, out, suffix, everything, imports or ())
     done = order.write(overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps({"file": str(out), **dataclasses.asdict(done)}))

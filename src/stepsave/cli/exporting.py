@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stepsave.cli import array_files, jobs, keras_files
 from stepsave.cli.jobs import Job
-from stepsave.engine.choosing import Choice, read_chosen
+from stepsave.engine.choosing import read_chosen
 from stepsave.engine.extents import Needs
 from stepsave.engine.reader import StoredBackup, read_backup, read_files
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, StepsaveError
@@ -59,7 +59,7 @@ class Export:
 
     Attributes:
         store: Where the backup is.
-        choice: Which one.
+        step: Of which step; None for the newest.
         out: The file.
         suffix: One of `FORMATS`.
         everything: Whether all is wanted, not just the model's variables.
@@ -67,7 +67,7 @@ class Export:
     """
 
     store: Store
-    choice: Choice
+    step: int | None
     out: Path
     suffix: str
     everything: bool
@@ -133,7 +133,7 @@ class Export:
             of_arrays = len(backup.flat.paths)
             return _cut(backup, wanted), of_arrays, _decode_config(files)
 
-        return read_chosen(self.store, self.choice, read)
+        return read_chosen(self.store, self.step, read)
 
     @contextlib.contextmanager
     def _naming_file(self) -> Generator[None]:

@@ -54,7 +54,7 @@ def _holder_text(holder: Document) -> str:
 
 
 def _show_backup(backup: Document) -> None:
-    say(f"step {backup['step']}" + ("" if backup["is_newest"] else ", the one before"))
+    say(f"step {backup['step']}" + ("" if backup["is_newest"] else ", kept"))
     for label, text in _facts(backup):
         say(f"  {label:<{_LABEL}}{text}")
     for damage in backup["damages"][:_TOLD_DAMAGES]:

@@ -52,9 +52,8 @@ def disks_of(store: Store) -> list[LocalStore]:
 
 def valid_backups(markers: Markers) -> list[BackupRecord]:
     """Returns the backups that markers vouch for, the newest first."""
-    found = [record for record in (markers.committed, markers.previous) if record is not None]
-    # Between the reading of two markers both may have been replaced.
-    return found[:1] if len({record.nonce for record in found}) == 1 else found
+    # Between the reading of two markers both may have been replaced, and name the same one.
+    return list({record.nonce: record for record in markers.records}.values())
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ def run(target: str) -> int:
         say(f"damaged: {_sum_up(damaged)}; read {speed}", BAD)
         return FOUND
     steps = sorted({step for one in found for step in one.steps}, reverse=True)
-    say(f"valid: step {' and '.join(map(str, steps))}; read {speed}", GOOD)
+    say(f"valid: step {', '.join(map(str, steps))}; read {speed}", GOOD)
     return 0
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
-from stepsave.engine.known_files import COMMIT, PREVIOUS
+from stepsave.engine.known_files import COMMIT
 from stepsave.engine.markers import Markers
 from stepsave.errors import BackupDirectoryError
 from stepsave.format.records import BackupRecord
 from stepsave.store.places import Store
 
-__all__ = ("Choice", "read_chosen")
+__all__ = ("find_backup", "read_chosen")
 
 T = TypeVar("T")
 
@@ -20,50 +19,35 @@ ATTEMPTS = 10
 """How often a backup may be replaced while it is being read, until the reader gives up."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Choice:
-    """Which backup is meant: the newest, unless something else is said.
+def find_backup(store: Store, step: int | None = None) -> BackupRecord:
+    """Looks for the newest backup, or for that of a step, as the markers are now.
 
-    Attributes:
-        step: That of this step.
-        previous: The one before the newest.
+    Raises:
+        BackupDirectoryError: If there is no such backup.
+        CorruptBackupError, OSError: If its marker cannot be read.
     """
-
-    step: int | None = None
-    previous: bool = False
-
-    def find(self, store: Store) -> BackupRecord:
-        """Looks for it, as the markers are now.
-
-        Raises:
-            BackupDirectoryError: If there is no such backup.
-            CorruptBackupError, OSError: If its marker cannot be read.
-        """
-        markers = Markers(store)
-        markers.read_markers()
-        there = [record for record in (markers.committed, markers.previous) if record is not None]
-        for record in there:
-            is_meant = record is (markers.previous if self.previous else markers.committed)
-            if is_meant if self.step is None else record.step == self.step:
-                return record
-        name = PREVIOUS if self.previous else COMMIT
-        for problem in (markers.problems.get(name), *markers.problems.values()):
-            if problem is not None:
-                raise problem
-        meant = "a backup" if self.step is None else f"a backup of step {self.step}"
-        meant = "a backup before the newest" if self.previous else meant
-        steps = " and ".join(f"step {record.step}" for record in there)
-        raise BackupDirectoryError(f"{store.root}: expected {meant}, found {steps or 'none'}.")
+    markers = Markers(store)
+    markers.read_markers()
+    meant = (markers.committed,) if step is None else markers.records
+    for record in meant:
+        if record is not None and step in (None, record.step):
+            return record
+    for name in (COMMIT, *markers.problems):
+        if name in markers.problems:
+            raise markers.problems[name]
+    wanted = "a backup" if step is None else f"a backup of step {step}"
+    steps = ", ".join(f"step {record.step}" for record in markers.records) or "none"
+    raise BackupDirectoryError(f"{store.root}: expected {wanted}, found {steps}.")
 
 
-def read_chosen(store: Store, choice: Choice, read: Callable[[BackupRecord, int], T]) -> T:
-    """Calls `read` with the backup that is meant; again, if it was replaced meanwhile.
+def read_chosen(store: Store, step: int | None, read: Callable[[BackupRecord, int], T]) -> T:
+    """Calls `read` with the newest backup, or that of a step; again, if it was replaced meanwhile.
 
     It proves itself, so what was read of two is refused; then the markers tell whether that is why.
 
     Args:
         store: Where it is.
-        choice: Which one.
+        step: Of the one that is meant; None for the newest.
         read: Called with its record, and how many were tried before.
 
     Raises:
@@ -73,11 +57,11 @@ def read_chosen(store: Store, choice: Choice, read: Callable[[BackupRecord, int]
     store.check_directory()
     cause: Exception | None = None
     for attempt in range(ATTEMPTS):
-        record = choice.find(store)
+        record = find_backup(store, step)
         try:
             return read(record, attempt)
         except Exception as e:
-            if choice.find(store) == record:
+            if find_backup(store, step) == record:
                 raise
             cause = e
     raise BackupDirectoryError(

@@ -129,7 +129,7 @@ def settle(store: Store, look: Callable[[Markers], tuple[T, bool]]) -> T:
             error, is_damaged = e, True
         if is_damaged:
             now = _read_markers(store)
-            if (before.committed, before.previous) != (now.committed, now.previous):
+            if before.records != now.records:
                 continue
         if error is not None:
             raise error
@@ -165,7 +165,9 @@ def noting(
     except OSError as e:
         damages.append(Damage(path, e.strerror or str(e), leaves))
     except CorruptBackupError as e:
-        damages.append(Damage(path, str(e).removeprefix(f"{store.path(path)}: "), leaves))
+        # Without the advice at its end: there may be many.
+        text = str(e.args[0]).removeprefix(f"{store.path(path)}: ")
+        damages.append(Damage(path, text, leaves))
 
 
 def examine(store: Store, record: BackupRecord, crew: Crew) -> Examined:
@@ -276,7 +278,7 @@ def marker_damages(markers: Markers, store: Store) -> list[Damage]:
     for name, problem in markers.problems.items():
         with noting(found, store, name):
             raise problem
-    is_lost = markers.committed is None and markers.previous is not None
+    is_lost = markers.committed is None and bool(markers.kept)
     if is_lost and COMMIT not in markers.problems:
         found.append(Damage(COMMIT, "expected the marker of the newest backup, found none."))
     return found

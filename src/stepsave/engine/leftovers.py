@@ -46,7 +46,7 @@ def find_leftovers(store: Store, protocol: CommitProtocol | BucketCommit) -> lis
     """
     for problem in protocol.problems.values():
         raise problem
-    kept = {one.directory for one in (protocol.committed, protocol.previous) if one is not None}
+    kept = {record.directory for record in protocol.records}
     if isinstance(store, LocalStore):
         return list(_in_directory(store, kept))
     assert isinstance(protocol, BucketCommit)
