@@ -51,6 +51,8 @@ def test_the_signature_is_that_of_the_readme():
         "max_overhead": 0.01,
         "mtbf_s": None,
         "double_checkpoint": False,
+        "keep": 0,
+        "keep_every": None,
         "resume": "batch",
         "history": "new",
         "save_before_preemption": False,

@@ -15,13 +15,12 @@ from stepsave.engine.arguments import check_choices, check_threads
 from stepsave.engine.checkpointer import Checkpointer, WhenBusy
 from stepsave.engine.frequency import MAX_OVERHEAD, check_auto
 from stepsave.engine.opening import Place
-from stepsave.fit import keras_internals
+from stepsave.fit import keras_internals, open_directories
 from stepsave.fit.companions import Companions, Start
 from stepsave.fit.copies import FreshCopies
 from stepsave.fit.keras_internals import RunningFit
 from stepsave.fit.keras_names import KerasFiles
 from stepsave.fit.loop import FitLoop, forget_interrupted
-from stepsave.fit.open_directories import check_kept, close_directory, take_directory
 from stepsave.fit.phases import Phases
 from stepsave.fit.preemption import PreemptionSignals, check_signals
 from stepsave.fit.progress import Progress, check_save_freq, steps_of
@@ -64,6 +63,8 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
         max_overhead: float = MAX_OVERHEAD,
         mtbf_s: float | None = None,
         double_checkpoint: bool = False,
+        keep: int = 0,
+        keep_every: int | None = None,
         resume: Literal["batch", "epoch"] = "batch",
         history: Literal["new", "all"] = "new",
         save_before_preemption: bool = False,
@@ -86,11 +87,13 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
                 exactly, across epochs and with `steps_per_execution`; a time, such as `"30s"` or
                 `"5min"`; `"auto"` for as often as the disk and `max_overhead` allow. `False`,
                 with `save_before_preemption`, to save only then.
-            delete_checkpoint: Whether to remove the backup when `fit` has completed.
+            delete_checkpoint: Whether to remove all backups when `fit` has completed.
             max_overhead: With `"auto"`, the share of the time that saves may cost.
             mtbf_s: With `"auto"`, the mean time between failures, if known: then no more often than
                 pays; see `SaveFrequency`.
             double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
+            keep: How many backups to keep before the newest, to go back to; see `Checkpointer`.
+            keep_every: Of older ones, the first of each so many batches stays too, for good.
             resume: `"batch"` to go on at the batch after the backup, with data, random generators,
                 metrics and callbacks as they were; `"epoch"` to repeat the epoch, as Keras does.
             history: What `fit` returns after a resume: the epochs that it ran (`"new"`), or those
@@ -124,16 +127,19 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
         self.max_overhead, self.mtbf_s = max_overhead, mtbf_s
         self.delete_checkpoint = delete_checkpoint
         self.double_checkpoint = double_checkpoint
+        open_directories.check_retention(keep, keep_every, deletes=delete_checkpoint)
         check_choices(resume=resume, history=history, when_busy=when_busy, snapshot=snapshot)
         self.resume = resume
         self.history = history
         self.save_before_preemption = save_before_preemption
         self.preemption_signals = check_signals(preemption_signals)
         self.grace_period_s = grace_period_s
-        self.when_busy: WhenBusy = when_busy
-        self.snapshot: SnapshotMode = snapshot
-        self.writer_threads = None if writer_threads is None else check_threads(writer_threads)
-        self._tiers = {"local_dir": local_dir, "upload_every": upload_every}
+        self._options = {
+            "double_checkpoint": double_checkpoint, "keep": keep, "keep_every": keep_every,
+            "when_busy": when_busy, "snapshot": snapshot,
+            "writer_threads": None if writer_threads is None else check_threads(writer_threads),
+            "local_dir": local_dir, "upload_every": upload_every,
+        }  # fmt: skip
         self.log_metrics = log_metrics
         self.verbose = verbose
         self._begin_fresh()
@@ -162,11 +168,6 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
         self._saved_step = 0
         self._end: Cut | None = None  # of the epoch's batches
         self._before_validation: BeforeValidation | None = None
-
-    @property
-    def frequency(self) -> str:
-        """What `save_freq="auto"` has chosen, and why, in one line; empty if it was not asked."""
-        return self._progress.frequency.text
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Restores the last committed backup, if there is one."""
@@ -220,7 +221,9 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
         self._last_records = (saver.committed, saver.previous)
         keeps = self._start is not None and self._start.keeps_backup
         try:
-            close_directory(saver, self._close_at_exit, deletes=self.delete_checkpoint, keeps=keeps)
+            open_directories.close_directory(
+                saver, self._close_at_exit, deletes=self.delete_checkpoint, keeps=keeps
+            )
         finally:
             self._last_report = self.report()
         self._saver = None
@@ -328,7 +331,7 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
         began_s = time.perf_counter()
         progress = self._progress
         progress.save_is_due = False
-        saver, state = check_kept(self._saver, self.backup_dir), self._state
+        saver, state = open_directories.check_kept(self._saver, self.backup_dir), self._state
         assert state is not None
         if progress.global_step <= self._saved_step:
             return  # an epoch without batches: this state is saved already
@@ -384,15 +387,8 @@ class BackupAndRestore(Reporting, FreshCopies, KerasFiles, keras.callbacks.Callb
 
     def _open(self) -> Checkpointer:
         if self._saver is None or self._saver.closed:  # or `fit` raised the last time
-            self._saver, self._close_at_exit = take_directory(
-                self,
-                self._target,
-                double_checkpoint=self.double_checkpoint,
-                when_busy=self.when_busy,
-                snapshot=self.snapshot,
-                writer_threads=self.writer_threads,
-                **self._tiers,
-            )
+            taken = open_directories.take_directory(self, self._target, **self._options)
+            self._saver, self._close_at_exit = taken
         return self._saver
 
     def _trained_model(self) -> Any:  # on JAX `self.model` puts the state back at each access

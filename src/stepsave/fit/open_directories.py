@@ -7,10 +7,11 @@ import weakref
 from typing import Any
 
 from stepsave.engine.checkpointer import Checkpointer
+from stepsave.engine.retention import Retention
 from stepsave.errors import BucketError, DirectoryBusyError, SaveFailedError, SaveFailedWarning
 from stepsave.store.places import Target, open_store
 
-__all__ = ("check_kept", "close_directory", "take_directory")
+__all__ = ("check_kept", "check_retention", "close_directory", "take_directory")
 
 # What callbacks have open, by directory. A notebook that was interrupted and makes a new
 # callback for the same directory must not be refused because of the old one.
@@ -54,6 +55,21 @@ def check_kept(saver: Checkpointer | None, directory: str) -> Checkpointer:
             "Give each its own directory."
         )
     return saver
+
+
+def check_retention(keep: object, keep_every: object, *, deletes: bool) -> None:
+    """Checks which backups are to be kept.
+
+    Raises:
+        ValueError: If that is invalid; or if what is to stay for good would be removed.
+    """
+    Retention.of(double_checkpoint=False, keep=keep, keep_every=keep_every)
+    if keep_every is not None and deletes:
+        raise ValueError(
+            f"Invalid value for argument `keep_every`. Received: keep_every={keep_every!r} with "
+            "delete_checkpoint=True, which removes all backups when `fit` has completed. Pass "
+            "`delete_checkpoint=False` to keep them."
+        )
 
 
 def close_directory(

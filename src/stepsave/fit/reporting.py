@@ -22,7 +22,7 @@ class Reporting:
 
     verbose: int
     log_metrics: bool
-    _tiers: dict[str, Any]
+    _options: dict[str, Any]
     _saver: Checkpointer | None
     _progress: Progress
     _last_report: SaveReport | None
@@ -46,6 +46,11 @@ class Reporting:
         if self._saver is None:
             return self._last_report
         return self._saver.report(steps=self._progress.times.summary())
+
+    @property
+    def frequency(self) -> str:
+        """What `save_freq="auto"` has chosen, and why, in one line; empty if it was not asked."""
+        return self._progress.frequency.text
 
     def _tell(self, message: str) -> None:
         if self.verbose:
@@ -84,7 +89,7 @@ class Reporting:
             value = getattr(stats, name)
             logs[key] = value if before is None else value - getattr(before, name)
         logs["stepsave_backup_age_s"] = report.age_s
-        if self._tiers["local_dir"] is not None:
+        if self._options["local_dir"] is not None:
             age_s = stats.remote_age_s
             logs["stepsave_remote_age_s"] = report.elapsed_s if math.isnan(age_s) else age_s
         self._logged = stats
