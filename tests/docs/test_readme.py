@@ -2,13 +2,17 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bucket_support import put, s3, s3_environment, s3_target
 from peers_support import Processes
+
+import stepsave
 
 __all__ = ("s3", "s3_target")
 
@@ -27,6 +31,7 @@ def test_the_readme_has_an_example_for_fit_and_one_for_a_loop():
     assert "save_before_preemption" in PREEMPTION
     assert "Checkpointer(" in LOOP
     assert "s3://" in IN_BUCKET
+    assert len(COMMANDS) == 7
 
 
 @pytest.mark.xdist_group("buckets")
@@ -45,6 +50,36 @@ def test_an_example_of_a_bucket_runs_as_written_and_saves_there(s3, example, pre
     assert "SaveFailedWarning" not in done.stderr
     marker = ("PUT", f"/my-bucket/{prefix}/COMMIT")
     assert s3.requests.count(marker) >= 2  # claimed, and committed
+
+
+COMMANDS = re.findall(r"^\$ stepsave (.*?) +#", README, re.MULTILINE)
+
+
+@pytest.mark.xdist_group("buckets")
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(one, marks=[pytest.mark.slow] * one.startswith("bench")) for one in COMMANDS],
+)
+def test_a_command_of_the_readme_runs_as_written(s3, command, tmp_path):
+    put(f"{s3.url}/my-bucket", b"")
+    for name, step in (("my_backup", 5), ("other_backup", 6)):
+        with stepsave.Checkpointer(tmp_path / name) as saver:
+            saver.save(step, {"weights": np.full(1000, step, np.float32)}).wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "stepsave.cli", *shlex.split(command)],
+        cwd=tmp_path,
+        env={**os.environ, **s3_environment(s3.url)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == command.startswith("diff"), done.stderr  # they do differ
+    assert done.stdout
+    if command.startswith("cp"):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3_environment(s3.url).items():
+                patch.setenv(name, value)
+            assert (stepsave.restore(command.split()[-1]).state["weights"] == 5).all()
 
 
 def test_the_example_of_several_machines_runs_as_written_in_two_processes(tmp_path):
@@ -92,6 +127,7 @@ def test_the_loop_of_the_readme_goes_on_where_it_was(tmp_path):
 
 def test_links_of_the_readme_and_docs_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#]+)\)", prose):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
