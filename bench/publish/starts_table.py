@@ -142,6 +142,9 @@ def _imports(summary: Result) -> list[str]:
         for name, found in summary.items()
         if "import_s" in found
     ]
+    for name, what in (("help", "`stepsave --help`, the process"), ("nothing", "no import at all")):
+        if name in summary:
+            rows.append([what, ms(summary[name]["process_s"], bold=name == "help"), ""])
     return markdown_table(["in a fresh process", "time", "modules"], rows)
 
 
@@ -248,6 +251,18 @@ def imported(collected: Collected) -> Iterator[Figure]:
     """What `import stepsave` takes."""
     if found := collected.summary("imports").get(OURS):
         yield at_most("", found["import_s"]["median"], 0.2, " s")
+
+
+def helped(collected: Collected) -> Iterator[Figure]:
+    """What `stepsave --help` takes."""
+    if found := collected.summary("imports").get("help"):
+        yield at_most("", found["process_s"]["median"], 0.3, " s")
+
+
+def limit_of_help(collected: Collected) -> str:
+    """A process of Python that does nothing."""
+    found = collected.summary("imports").get("nothing")
+    return f"`python -c pass`: {number(found['process_s']['median'])} s" if found else ""
 
 
 def limit_of_import(collected: Collected) -> str:

@@ -314,6 +314,7 @@ TARGETS = (
     Target(
         "`import stepsave`", "at most 0.2 s", starts_table.imported, starts_table.limit_of_import
     ),
+    Target("`stepsave --help`", "at most 0.3 s", starts_table.helped, starts_table.limit_of_help),
     Target(
         "95 % of a state frozen, 300 MB: bytes written, against all changing",
         "at most 0.12 x",
