@@ -326,7 +326,7 @@ def test_what_one_process_cannot_read_none_restores(tmp_path):
         lines = processes.results()
     assert [one[-1] for one in lines] == ["step 1"] * 2
     assert "the backup of step 2" in lines[0][-2]
-    assert "process 1 cannot. The reason: CorruptBackupError" in lines[0][-2]
+    assert "process 1 cannot. All must see all of it. The reason: Corrupt" in lines[0][-2]
     assert "data of 'columns'" in lines[0][-2]
     assert stepsave.restore(place).step == 3
 

@@ -83,7 +83,7 @@ class Training:
         self.wait()
         self.collisions += len(self._flying)
         self.saves.append((step, self.now_s))
-        self._flying.append((handle := SaveHandle(step), self.now_s, self.durable_s(number)))
+        self._flying.append((handle := SaveHandle(step, self.now_s), self.now_s, self.durable_s(number)))
         self.now_s += self.stall_s(number)
         self.device_s = self.now_s
         self.spent_s.append(self.stall_s(number))
@@ -254,7 +254,7 @@ def test_a_skipped_or_failed_save_teaches_nothing():
     training.run(frequency, 5000)
     text = frequency.text
     for skips in (True, False):
-        handle = SaveHandle(10_000)
+        handle = SaveHandle(10_000, 0.0)
         handle.stall_s = 1000.0 if skips else 0.02
         if skips:
             handle.skip()
@@ -356,7 +356,7 @@ def test_between_two_looks_at_the_clock_a_training_that_runs_ahead_is_not_held_u
 def test_a_save_that_is_made_for_another_reason_counts_too(every):
     training = Training()
     training.run(frequency := training.frequency(every), 3000)
-    last = SaveHandle(3000)
+    last = SaveHandle(3000, 0.0)
     last.end(0.1, None)
     assert not frequency.is_due(3000)
     training.now_s += 1000.0

@@ -91,7 +91,7 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
         document = json.loads(body)
         if words[1] == str(_OF_BUCKET):
             return _claim_of(document)
-        some = (document, *document.get("older", ()))
+        some = (document, *(document["older"] if "older" in document else ()))
         return _newest_first(_record_of(one, r"\d+") for one in some)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}.") from e
