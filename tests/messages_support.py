@@ -23,7 +23,10 @@ SOURCE = Path(errors.__file__).parent
 GAP = "…"
 _OWN = frozenset(errors.__all__) - {"Preempted"}  # which writes its text itself
 # What callers within stepsave catch, or what tells that the program is wrong.
-_NOT_FOR_USERS = {"AssertionError", "AttributeError", "NotImplementedError", "StopIteration"}
+_NOT_FOR_USERS = {
+    "AssertionError", "AttributeError", "NotImplementedError", "StopIteration",
+    "InterruptedError",  # ends threads that read after Ctrl-C, when nobody waits for them any more
+}  # fmt: skip
 _TELLS_LETTERS = 9  # a text with fewer is made elsewhere
 # Texts that are handed over: where and under which name they arrive, and what makes them.
 _MADE_BY = {

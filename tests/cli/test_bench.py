@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 from command_support import IMPORTS_NOTHING_HEAVY, call, run_script, start, wait_until
@@ -73,11 +74,18 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, arguments, text):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_backend_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    call("bench", tmp_path, "--backend", "torch", status=2)
+    assert "torch not found. Run: pip install 'stepsave[torch]'" in capsys.readouterr().err
+
+
 def test_a_backup_directory_is_left_alone(tmp_path, capsys):
     save_once(tmp_path / "backup", {"a": 1})
     call("bench", tmp_path / "backup", "--quick", status=2)
-    assert "holds nothing else" in capsys.readouterr().err
+    assert "found a backup directory, which holds nothing else" in capsys.readouterr().err
     call("bench", tmp_path / "none", "--quick", status=2)
+    assert "expected a directory to measure in, found none" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "backup")) == ["1", "COMMIT", "LOCK"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bucket_support import s3, s3_target
 from cli_support import arrays_of_all_dtypes, ask, ask_json, position, refusal, run, save_two, spoil
-from engine_support import random_array, save_once
+from engine_support import flip_bit, random_array, save_once
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,7 +135,9 @@ def test_the_two_backups_of_one_directory_are_compared(tmp_path):
     named = ask_json("diff", f"{tmp_path}@150", f"{tmp_path}@160", status=1)
     assert named == alone
     assert ask_json("diff", f"{tmp_path}@150", f"{tmp_path}@150")["are_equal"]
-    assert "found these valid steps: 160, 150" in refusal("diff", f"{tmp_path}@151", tmp_path)
+    told = refusal("diff", f"{tmp_path}@151", tmp_path)
+    assert f"{tmp_path}: expected a backup of step 151, found step 160, step 150." in told
+    assert "`stepsave inspect`" in told
 
 
 def test_a_directory_with_such_a_name_is_taken_by_it(tmp_path):
@@ -145,10 +147,22 @@ def test_a_directory_with_such_a_name_is_taken_by_it(tmp_path):
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     save_once(tmp_path / "one", {"a": np.zeros(4)})
-    assert "two backups to compare" in refusal("diff", tmp_path / "one")
+    told = refusal("diff", tmp_path / "one")
+    assert "expected two backups to compare, found step 1 alone" in told
     (tmp_path / "empty").mkdir()
     assert "expected a backup" in refusal("diff", tmp_path / "one", tmp_path / "empty")
     assert "No such file" in refusal("diff", tmp_path / "one", tmp_path / "typo")
+
+
+def test_of_a_spoilt_marker_no_backup_is_compared_and_those_of_the_other_are(tmp_path):
+    save_two(tmp_path / "two", [{"a": np.zeros(4)}, {"a": np.ones(4)}])
+    save_once(tmp_path / "one", {"a": np.ones(4)}, 160, {"position": position(160)})
+    flip_bit(tmp_path / "two/PREVIOUS", 60)
+    for arguments in ([tmp_path / "two"], [f"{tmp_path}/two@150", tmp_path / "one"]):
+        ended = run("diff", *arguments)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert f"{tmp_path}/two/PREVIOUS: expected CRC-32C" in ended.stderr
+    assert ask_json("diff", tmp_path / "two", tmp_path / "one")["are_equal"]
 
 
 @pytest.mark.parametrize("what", ["a flipped bit", "another save", "in what only one has"])

@@ -30,6 +30,9 @@ from engine_support import (
 )
 
 import stepsave
+from stepsave.cli.array_files import write_safetensors
+from stepsave.format import layout
+from stepsave.format.records import LeafSpec
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -115,7 +118,7 @@ def test_numpys_reader_of_safetensors_reads_it_too(tmp_path):
 def test_what_safetensors_does_not_know_is_refused_by_name(tmp_path, capsys, dtype):
     save_once(tmp_path / "backup", {"a": {"b": random_array((3,), dtype)}})
     call("export", tmp_path / "backup", tmp_path / "out.safetensors", status=2)
-    assert f"a.b ({dtype})" in capsys.readouterr().err
+    assert f"safetensors has no type for a.b ({dtype})" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["backup"]
 
 
@@ -123,7 +126,7 @@ def test_what_safetensors_does_not_know_is_refused_by_name(tmp_path, capsys, dty
 def test_names_that_an_npz_would_change_are_refused(tmp_path, capsys, name):
     save_once(tmp_path / "backup", {name: np.ones(3), "other": np.ones(2)})
     call("export", tmp_path / "backup", tmp_path / "out.npz", status=2)
-    assert repr(name) in capsys.readouterr().err
+    assert f"cannot hold arrays of the names {name!r}" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["backup"]
     if name == "a.npy":
         call("export", tmp_path / "backup", tmp_path / "out.safetensors")
@@ -132,7 +135,17 @@ def test_names_that_an_npz_would_change_are_refused(tmp_path, capsys, name):
 def test_a_name_that_safetensors_keeps_for_itself_is_refused(tmp_path, capsys):
     save_once(tmp_path / "backup", {"__metadata__": np.ones(3)})
     call("export", tmp_path / "backup", tmp_path / "out.safetensors", status=2)
-    assert "__metadata__" in capsys.readouterr().err
+    assert "keeps the name '__metadata__' for itself" in capsys.readouterr().err
+
+
+def test_a_header_that_no_reader_of_safetensors_takes_is_refused(tmp_path):
+    longest = layout.MAX_NAME_BYTES - 10
+    leaves = [LeafSpec((f"{number:010}" + "x" * longest,), (), "int8") for number in range(25_000)]
+    arrays = [np.zeros((), np.int8)] * len(leaves)
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(stepsave.InvalidStateError, match=r"bytes of names.*25000 arrays.*\.npz"):
+        write_safetensors(str(out), leaves, arrays, {}, lambda _: None)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
@@ -178,7 +191,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path, capsys):
 def test_names_of_no_known_format_and_places_without_a_backup_are_refused(tmp_path, capsys):
     save_once(tmp_path / "backup", {"a": np.ones(3)})
     call("export", tmp_path / "backup", tmp_path / "out.h5", status=2)
-    assert ".weights.h5" in capsys.readouterr().err
+    assert "expected a name that ends in .weights.h5, .keras" in capsys.readouterr().err
     call("export", tmp_path / "nothing", tmp_path / "out.npz", status=2)
     assert "No such file" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

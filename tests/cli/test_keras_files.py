@@ -10,7 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import pytest
 from command_support import call, environment, run
-from engine_support import flip_bit, in_own_mounts, save_once
+from engine_support import change_json, flip_bit, in_own_mounts, save_once
 
 import stepsave
 
@@ -158,8 +158,11 @@ def test_layers_of_ones_own_come_with_the_module_that_registers_them(tmp_path, m
     # As in a process that has not imported it.
     monkeypatch.delitem(sys.modules, "my_layers")
     keras.saving.get_custom_objects().clear()
-    assert "--import MODULE" in export(tmp_path / "backup", out, status=2).err
-    assert "no_module" in export(tmp_path / "backup", out, "--import", "no_module", status=2).err
+    told = export(tmp_path / "backup", out, status=2).err
+    assert "Keras cannot rebuild the model: " in told
+    assert "--import MODULE" in told
+    told = export(tmp_path / "backup", out, "--import", "no_module", status=2).err
+    assert f"--import no_module: expected a module in {tmp_path} or one" in told
     assert not out.exists()
     export(tmp_path / "backup", out, "--import", "my_layers")
     loaded = keras.saving.load_model(out)
@@ -170,9 +173,28 @@ def test_without_a_config_it_says_what_to_do(tmp_path, export):
     save_once(tmp_path / "backup", {"w": np.ones(3)})
     for name in ("out.weights.h5", "out.keras"):
         told = export(tmp_path / "backup", tmp_path / name, status=2).err
+        assert "no config by which Keras could rebuild its model" in told
         assert "load_weights" in told
         assert ".safetensors" in told
     assert os.listdir(tmp_path) == ["backup"]
+
+
+def test_a_config_that_is_none_is_damage(tmp_path, export):
+    train(make(), tmp_path / "backup")
+    change_json(tmp_path / "backup", "model_config/_strings.json", lambda _: {"other": 1})
+    told = export(tmp_path / "backup", tmp_path / "out.keras", status=1).err
+    assert f"{tmp_path}/backup/8/model_config/_strings.json: expected the config of a model" in told
+    assert os.listdir(tmp_path) == ["backup"]
+
+
+def test_without_any_backend_it_says_what_to_install(trained, tmp_path, export, monkeypatch):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    for name in ("jax", "torch", "tensorflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    told = export(trained[1], tmp_path / "out.keras", status=2).err
+    assert "Keras needs a backend to rebuild the model, and none is installed" in told
+    assert f"stepsave[{BACKEND}]" in told
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["out.weights.h5", "out.keras"])

@@ -1,11 +1,13 @@
 """`stepsave verify`: all bytes, and all that is wrong with them."""
 
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -36,6 +38,7 @@ from engine_support import (
 import stepsave
 from stepsave.cli import verification
 from stepsave.format.layout import decode_layout
+from stepsave.store.local import LocalStore
 from stepsave.store.places import open_store
 
 __all__ = ("s3", "s3_target")
@@ -110,6 +113,8 @@ def test_of_a_truncated_shard_those_variables_are_damaged_that_are_not_there(bac
     assert set(damaged_variables(lines)) == expected
     assert bool(expected) == (what != "last byte")
     assert f"  160/pytree/d/c/1: expected {size} bytes, found {left}." in lines
+    missing = re.search(r"160/pytree/d/c/1: bytes \d+ to \d+ are not there", "\n".join(lines))
+    assert bool(missing) == bool(expected)
 
 
 @pytest.mark.parametrize("how", ["removed", "a link", "a FIFO"])
@@ -173,6 +178,34 @@ def test_a_spoilt_marker_is_damage_and_the_other_backup_is_verified(backup, name
     assert damaged_variables(lines) == ["rows"]
 
 
+def test_threads_that_cannot_be_started_are_told(backup, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(
+        stepsave.BackupDirectoryError, match=r"Cannot start \d+ threads to read: can't .*ulimit -u"
+    ):
+        verification.run(str(backup))
+
+
+def test_of_a_backup_that_is_replaced_each_time_nothing_is_said(backup, monkeypatch):
+    steps = itertools.count(200)
+    real, guard = LocalStore.read_into, threading.Lock()
+
+    def read_into(self, path, *arguments):
+        if path.endswith("/0"):
+            with guard:
+                # After one save what is being read would lie there still, retired.
+                for step in (next(steps), next(steps)):
+                    save_once(backup, state_of(step), step)
+        real(self, path, *arguments)
+
+    monkeypatch.setattr(LocalStore, "read_into", read_into)
+    with pytest.raises(stepsave.BackupDirectoryError, match=r"while they were being read\. Look"):
+        verification.run(str(backup))
+
+
 def test_what_a_newer_stepsave_wrote_is_not_said_to_be_damaged(backup):
     write_marker(backup, {"format": 9}, version=9)
     assert "Install a newer stepsave" in refusal("verify", backup)
@@ -187,8 +220,8 @@ def test_where_there_is_no_backup_it_cannot_be_asked(tmp_path, there):
         place.mkdir()
     if there == "something foreign":
         (place / "notes.txt").write_text("")
-    told = refusal("verify", place)
-    assert told.startswith(f"stepsave: {place}: expected a backup")
+    what = "to verify, found none" if place.is_dir() else "directory to read, found"
+    assert f"stepsave: {place}: expected a backup {what}" in refusal("verify", place)
 
 
 def test_what_may_not_be_read_is_not_said_to_be_damaged(backup, monkeypatch):

@@ -28,6 +28,9 @@ def test_what_is_not_there_is_said_with_what_is(store, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(stepsave.BackupDirectoryError, match="expected a backup, found none"):
         find_backup(LocalStore(tmp_path / "none"))
+    (tmp_path / "backup/COMMIT").unlink()
+    with pytest.raises(stepsave.BackupDirectoryError, match="COMMIT is missing, found step 3"):
+        find_backup(store)
 
 
 def test_a_marker_that_cannot_be_read_is_said_unless_the_other_one_is_meant(store):

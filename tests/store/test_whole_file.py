@@ -61,6 +61,6 @@ def test_one_that_is_there_is_refused_even_if_it_came_meanwhile(tmp_path):
     assert out.read_bytes() == b"of somebody else"
     with pytest.raises(FileExistsError, match="--overwrite"):
         write(out, b"all", overwrite=False, before_the_end=never)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}: expected the name of a file"):
         write(tmp_path, b"all", overwrite=True, before_the_end=never)
     assert os.listdir(tmp_path) == ["out.npz"]

@@ -20,7 +20,7 @@ def parse_size(text: str) -> int:
     units = _UNITS | _BINARY_UNITS | {"": 1}
     unit = None if match is None else units.get(match[2].upper())
     if match is None or unit is None:
-        raise ValueError(f"expected a size such as 300MB, 1GB or 2GiB, found {text!r}.")
+        raise ValueError(f"{text!r}: expected a size such as 300MB, 1GB or 2GiB.")
     return round(float(match[1]) * unit)
 
 

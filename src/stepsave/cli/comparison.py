@@ -11,8 +11,9 @@ from stepsave.cli.comparison_text import show
 from stepsave.cli.differences import compare_variables
 from stepsave.cli.inspection import position_of
 from stepsave.cli.outcome import FOUND
-from stepsave.cli.places import open_place, readers, split_step, valid_backups
+from stepsave.cli.places import open_place, readers, split_step
 from stepsave.cli.screen import reading
+from stepsave.engine.choosing import choose_backup
 from stepsave.engine.examining import Examined, examine, settle
 from stepsave.engine.markers import Markers
 from stepsave.engine.scanning import ChunkReader
@@ -62,13 +63,16 @@ def _compare_targets(a: str, b: str | None, crew: Crew) -> Document:
     place_a, step_a = split_step(a)
     place_b, step_b = (place_a, step_a) if b is None else split_step(b)
     store_a, store_b = open_place(place_a), open_place(place_b)
-    number_a = 0 if b is not None else 1  # alone, the one before is compared with the newest
+    is_alone = b is None and step_a is None  # then the one before is compared with the newest
 
     def look_at_b(markers_a: Markers) -> tuple[Document, bool]:
-        record_a = _choose(store_a, markers_a, step_a, number_a)
+        if is_alone:
+            record_a = _choose_before(store_a, markers_a)
+        else:
+            record_a = choose_backup(store_a, markers_a, step_a)
 
         def look(markers_b: Markers) -> tuple[Document, bool]:
-            record_b = _choose(store_b, markers_b, step_b, 0)
+            record_b = choose_backup(store_b, markers_b, step_b)
             side_a, side_b = _open(store_a, record_a, crew), _open(store_b, record_b, crew)
             return _compare(side_a, side_b, crew), False
 
@@ -77,20 +81,18 @@ def _compare_targets(a: str, b: str | None, crew: Crew) -> Document:
     return settle(store_a, look_at_b)
 
 
-def _choose(store: Store, markers: Markers, step: int | None, number: int) -> BackupRecord:
+def _choose_before(store: Store, markers: Markers) -> BackupRecord:
+    """Returns the backup before the newest."""
+    newest = choose_backup(store, markers)
+    for record in markers.kept:
+        # Between the reading of two markers both may have been replaced, and name the same one.
+        if record.nonce != newest.nonce:
+            return record
     for problem in markers.problems.values():
         raise problem
-    found = valid_backups(markers)
-    chosen = found[number:] if step is None else [one for one in found if one.step == step]
-    if chosen:
-        return chosen[0]
-    there = ", ".join(str(one.step) for one in found) or "none"
-    wanted = f"a backup of step {step}" if step is not None else "a backup"
-    if number and found:
-        wanted = "two backups to compare (`keep=1` keeps one before the newest)"
     raise BackupDirectoryError(
-        f"{store.root}: expected {wanted}, found these valid steps: {there}. `stepsave inspect` "
-        "says what lies there."
+        f"{store.root}: expected two backups to compare, found step {newest.step} alone. Name "
+        "another directory too; `keep=1` keeps the backup before the newest."
     )
 
 

@@ -131,7 +131,8 @@ class Export:
             job.begin("reading and verifying", None)
             backup = read_backup(self.store, record, crew, Needs(need, job.reach))
             of_arrays = len(backup.flat.paths)
-            return _cut(backup, wanted), of_arrays, _decode_config(files)
+            path = str(self.store.path(f"{record.directory}/{_CONFIG_PATH}"))
+            return _cut(backup, wanted), of_arrays, _decode_config(files, path)
 
         return read_chosen(self.store, self.step, read)
 
@@ -166,11 +167,11 @@ def _cut(backup: StoredBackup, wanted: set[Keys]) -> StoredBackup:
     return dataclasses.replace(backup, flat=FlatState(paths, leaves, notes))
 
 
-def _decode_config(files: dict[str, bytes]) -> str | None:
+def _decode_config(files: dict[str, bytes], source: str) -> str | None:
     if _CONFIG_PATH not in files:
         return None
     try:
         config = json.loads(files[_CONFIG_PATH])["config"]
     except (ValueError, KeyError, TypeError) as e:
-        raise CorruptBackupError(f"{_CONFIG_PATH}: expected the config of a model: {e!r}.") from e
+        raise CorruptBackupError(f"{source}: expected the config of a model: {e!r}.") from e
     return str(config)

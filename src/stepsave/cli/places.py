@@ -66,7 +66,10 @@ def readers() -> Generator[Crew]:
     try:
         crew = Crew(READ_THREADS, "stepsave-reader")
     except RuntimeError as e:
-        raise BackupDirectoryError(f"Cannot start {READ_THREADS} threads: {e}.") from e
+        raise BackupDirectoryError(
+            f"Cannot start {READ_THREADS} threads to read: {e}. Raise the limit on threads "
+            "(ulimit -u)."
+        ) from e
     try:
         yield crew
     finally:

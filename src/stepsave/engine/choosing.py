@@ -11,7 +11,7 @@ from stepsave.errors import BackupDirectoryError
 from stepsave.format.records import BackupRecord
 from stepsave.store.places import Store
 
-__all__ = ("find_backup", "read_chosen")
+__all__ = ("choose_backup", "find_backup", "read_chosen")
 
 T = TypeVar("T")
 
@@ -28,6 +28,16 @@ def find_backup(store: Store, step: int | None = None) -> BackupRecord:
     """
     markers = Markers(store)
     markers.read_markers()
+    return choose_backup(store, markers, step)
+
+
+def choose_backup(store: Store, markers: Markers, step: int | None = None) -> BackupRecord:
+    """Returns the newest backup, or that of a step, as markers say that were read before.
+
+    Raises:
+        BackupDirectoryError: If there is no such backup.
+        CorruptBackupError, OSError: If its marker could not be read.
+    """
     meant = (markers.committed,) if step is None else markers.records
     for record in meant:
         if record is not None and step in (None, record.step):
@@ -36,8 +46,12 @@ def find_backup(store: Store, step: int | None = None) -> BackupRecord:
         if name in markers.problems:
             raise markers.problems[name]
     wanted = "a backup" if step is None else f"a backup of step {step}"
+    if step is None and markers.kept:
+        wanted = "the newest backup, whose marker COMMIT is missing"
     steps = ", ".join(f"step {record.step}" for record in markers.records) or "none"
-    raise BackupDirectoryError(f"{store.root}: expected {wanted}, found {steps}.")
+    raise BackupDirectoryError(
+        f"{store.root}: expected {wanted}, found {steps}. `stepsave inspect` says what lies there."
+    )
 
 
 def read_chosen(store: Store, step: int | None, read: Callable[[BackupRecord, int], T]) -> T:

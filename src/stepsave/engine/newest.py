@@ -78,8 +78,8 @@ def _tell_loss(
     what = "the newest backup" if newest is None else f"the backup of step {newest.step}"
     loss = "" if newest is None else f" {newest.step - backup.step} steps of training are lost."
     return (
-        f"stepsave: {what} in {place} cannot be read. Restored the one before it, of step "
-        f"{backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
+        f"stepsave: {what} in {place} cannot be read. Restored the newest that can, of "
+        f"step {backup.step}.{loss} The reason: {error or 'its marker COMMIT is missing'}"
     )
 
 

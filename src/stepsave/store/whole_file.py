@@ -52,7 +52,9 @@ def new_file(path: Path, suffix: str, *, overwrite: bool) -> Generator[str]:
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected the name of a file, found a directory.")
+        raise IsADirectoryError(
+            f"{path}: expected the name of a file, found a directory. Name a file in it."
+        )
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(
             f"{path}: there is such a file already. Choose another name, or say --overwrite."
