@@ -32,7 +32,7 @@ _TELLS_LETTERS = 9  # a text with fewer is made elsewhere
 _MADE_BY = {
     ("fit/resuming.py", "change"): ("fit/data_position.py", "describe_change"),
     ("fit/resuming.py", "doubt"): ("fit/phases.py", "doubt"),
-    ("engine/checkpointer.py", "lost"): ("engine/reader.py", "restore_newest"),
+    ("engine/checkpointer.py", "lost"): ("engine/newest.py", "_tell_loss"),
 }
 
 
@@ -205,12 +205,12 @@ def _modules() -> tuple[_Module, ...]:
 
 def _returned_by(path: str, name: str) -> Iterator[str]:
     (module,) = (module for module in _modules() if module.path == path)
-    for function in ast.walk(module.tree):
-        if isinstance(function, ast.FunctionDef) and function.name == name:
-            for node in ast.walk(function):
-                if isinstance(node, ast.Return) and node.value is not None:
-                    texts = module.texts_of(node.value)
-                    yield from (text for text in texts if len(text) > _TELLS_LETTERS)
+    functions = (node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef))
+    (function,) = (function for function in functions if function.name == name)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and node.value is not None:
+            texts = module.texts_of(node.value)
+            yield from (text for text in texts if len(text) > _TELLS_LETTERS)
 
 
 def messages() -> list[Message]:
