@@ -83,7 +83,9 @@ class Training:
         self.wait()
         self.collisions += len(self._flying)
         self.saves.append((step, self.now_s))
-        self._flying.append((handle := SaveHandle(step, self.now_s), self.now_s, self.durable_s(number)))
+        self._flying.append(
+            (handle := SaveHandle(step, self.now_s), self.now_s, self.durable_s(number))
+        )
         self.now_s += self.stall_s(number)
         self.device_s = self.now_s
         self.spent_s.append(self.stall_s(number))

@@ -91,8 +91,9 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
         document = json.loads(body)
         if words[1] == str(_OF_BUCKET):
             return _claim_of(document)
-        some = (document, *(document["older"] if "older" in document else ()))
-        return _newest_first(_record_of(one, r"\d+") for one in some)
+        newest = _record_of(document, r"\d+")  # so it is a dict
+        older = (_record_of(one, r"\d+") for one in document.get("older", ()))
+        return _newest_first((newest, *older))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}.") from e
 
