@@ -1,12 +1,8 @@
-"""Makes the support module importable; fixtures of buckets."""
-
-import sys
-from pathlib import Path
+"""Fixtures of buckets."""
 
 import pytest
+from bucket_support import gcs, gcs_target, s3, s3_target
 
-sys.path.insert(0, str(Path(__file__).parent))
+__all__ = ("gcs", "gcs_target", "s3", "s3_target")
 
 pytest.register_assert_rewrite("cli_support")
-
-from bucket_support import gcs, gcs_target, s3, s3_target  # noqa: E402, F401  fixtures

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepsave.cli.amounts import parse_size, show_time
+from stepsave.cli.amounts import age_text, parse_size, size_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,27 @@ def test_what_is_no_size_is_refused_by_name(text):
     ],
 )
 def test_times_are_shown_with_a_unit(time_s, text):
-    assert show_time(time_s) == text
+    assert time_text(time_s) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9995, "10.0 kB"), (99_949, "99.9 kB"),
+        (99_950, "100 kB"), (999_499, "999 kB"), (999_500, "1.00 MB"), (812_345_678, "812 MB"),
+        (1.5e18, "1500 PB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits_and_a_unit(size_bytes, text):
+    assert size_text(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("age_s", "text"),
+    [
+        (-3, "0 s"), (0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"),
+        (7200, "2 h"), (172_799, "47 h"), (172_800, "2 days"),
+    ],
+)  # fmt: skip
+def test_ages_have_one_unit(age_s, text):
+    assert age_text(age_s) == text

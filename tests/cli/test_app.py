@@ -3,12 +3,7 @@
 import subprocess
 import sys
 
-
-def run(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "stepsave.cli", *arguments],
-        capture_output=True, text=True, check=False, timeout=60, **options,
-    )  # fmt: skip
+from cli_support import run
 
 
 def test_help_says_what_it_is_for_and_imports_neither_keras_nor_a_backend():
@@ -36,6 +31,4 @@ def test_a_missing_package_is_named_with_how_to_install_it():
 
 
 def test_wrong_usage_ends_with_2():
-    ended = run("no-such-command")
-    assert ended.returncode == 2
-    assert "no-such-command" in ended.stderr
+    assert "no-such-command" in run("no-such-command", status=2).stderr

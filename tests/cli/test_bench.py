@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pytest
-from command_support import IMPORTS_NOTHING_HEAVY, call, run_script, start, wait_until
+from cli_support import call, check_imports, start, wait_until
 from engine_support import save_once
 
 import stepsave
@@ -100,4 +100,4 @@ def test_told_to_stop_it_leaves_nothing(tmp_path, signum):
 
 
 def test_neither_keras_nor_a_backend_is_imported_unless_asked(tmp_path):
-    run_script(IMPORTS_NOTHING_HEAVY, "bench", tmp_path, "--quick", "--size", "1MB")
+    check_imports("bench", tmp_path, "--quick", "--size", "1MB")

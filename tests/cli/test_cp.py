@@ -5,19 +5,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 
 import boto3
 import numpy as np
 import pytest
-from command_support import (
-    IMPORTS_NOTHING_HEAVY,
+from cli_support import (
     call,
-    environment,
+    check_imports,
     rich_state,
-    run_script,
+    run,
     shard_files,
     start,
     wait_until,
@@ -28,6 +25,7 @@ from engine_support import (
     assert_same_bits,
     flip_bit,
     restore_once,
+    run_python,
     save_once,
     state_of,
     tree_bytes,
@@ -192,11 +190,7 @@ def test_a_place_in_the_other_is_refused(tmp_path, capsys):
 def test_a_directory_that_is_trained_on_is_refused_and_one_with_other_files(tmp_path, capsys):
     save(tmp_path / "a", rich_state(), 5)
     with stepsave.Checkpointer(tmp_path / "b") as saver:
-        ended = subprocess.run(
-            [sys.executable, "-m", "stepsave.cli", "cp", tmp_path / "a", tmp_path / "b"],
-            capture_output=True, text=True, check=False, env=environment(), timeout=60,
-        )  # fmt: skip
-        assert ended.returncode == 2
+        ended = run("cp", tmp_path / "a", tmp_path / "b", status=2)
         assert "another live process" in ended.stderr
         saver.save(1, state_of(1)).wait()
     (tmp_path / "c").mkdir()
@@ -210,12 +204,8 @@ def test_a_bucket_where_somebody_may_be_training_is_refused_unless_asked(tmp_pat
     save(tmp_path / "a", state_of(9), 9)
     with stepsave.Checkpointer(s3.place) as saver:
         saver.save(1, state_of(1)).wait()
-        process = subprocess.run(
-            [sys.executable, "-m", "stepsave.cli", "cp", tmp_path / "a", s3.place],
-            capture_output=True, text=True, check=False, env=environment(), timeout=60,
-        )  # fmt: skip
-        assert process.returncode == 2
-        assert f"process {os.getpid()} on" in process.stderr
+        ended = run("cp", tmp_path / "a", s3.place, status=2)
+        assert f"process {os.getpid()} on" in ended.stderr
         saver.save(2, state_of(2)).wait()
         saver.close(ended=True)
     call("cp", tmp_path / "a", s3.place)  # it has ended
@@ -352,10 +342,7 @@ app.run()
 def killed_copies(source, target):
     """Copies, killed one operation later each time, until one comes to its end."""
     for number in range(1, 200, 3):
-        ended = subprocess.run(
-            [sys.executable, "-c", KILL, str(number), "cp", str(source), str(target)],
-            capture_output=True, text=True, check=False, env=environment(), timeout=60,
-        )  # fmt: skip
+        ended = run_python(KILL, number, "cp", source, target)
         if ended.returncode == 0:
             assert number > 9, "hardly anything was counted: the test tests nothing"
             return
@@ -427,5 +414,5 @@ def test_told_to_stop_it_leaves_nothing(tmp_path, signum):
 
 def test_neither_keras_nor_a_backend_is_imported_for_a_copy(tmp_path):
     save(tmp_path / "a", rich_state(), 5)
-    run_script(IMPORTS_NOTHING_HEAVY, "cp", tmp_path / "a", tmp_path / "b")
+    check_imports("cp", tmp_path / "a", tmp_path / "b")
     assert_restores(tmp_path / "b", rich_state(), 5)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from command_support import environment, run
+from cli_support import environment, run
 
 
 def test_arguments_and_status_are_those_of_the_demo():

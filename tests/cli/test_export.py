@@ -9,18 +9,18 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from command_support import (
-    IMPORTS_NOTHING_HEAVY,
+from cli_support import (
     call,
+    check_imports,
     leaves,
     rich_state,
     run,
-    run_script,
     start,
     wait_until,
 )
 from engine_support import (
     assert_same_bits,
+    check_python,
     flip_bit,
     in_own_mounts,
     random_array,
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, suffix):
         'assert os.listdir(place) == ["before"], os.listdir(place)'
     )
     command = [sys.executable, "-m", "stepsave.cli", "export", str(tmp_path / "backup")]
-    run_script(script, small, *command, small / f"out.{suffix}", prefix=mounts)
+    check_python(script, small, *command, small / f"out.{suffix}", prefix=mounts)
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):
@@ -300,6 +300,6 @@ def test_a_bucket_is_read_and_nothing_is_written_there(tmp_path, s3):
 def test_neither_keras_nor_a_backend_is_imported_for_files_of_arrays(tmp_path, suffix):
     save_once(tmp_path / "backup", {"a": np.ones(3)})
     before = tree_bytes(tmp_path / "backup")
-    run_script(IMPORTS_NOTHING_HEAVY, "export", tmp_path / "backup", tmp_path / f"out.{suffix}")
+    check_imports("export", tmp_path / "backup", tmp_path / f"out.{suffix}")
     assert (tmp_path / f"out.{suffix}").exists()
     assert tree_bytes(tmp_path / "backup") == before

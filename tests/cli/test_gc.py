@@ -6,7 +6,7 @@ import shutil
 
 import boto3
 import pytest
-from command_support import IMPORTS_NOTHING_HEAVY, call, run, run_script
+from cli_support import call, check_imports, run
 from engine_support import (
     assert_is_state_of,
     flip_bit,
@@ -197,5 +197,5 @@ def test_a_bucket_with_debris_alone_is_empty_afterwards(s3, capsys):
 
 def test_neither_keras_nor_a_backend_is_imported_for_it(tmp_path):
     train(tmp_path / "backup", 1, 2)
-    run_script(IMPORTS_NOTHING_HEAVY, "gc", tmp_path / "backup", "--yes")
+    check_imports("gc", tmp_path / "backup", "--yes")
     assert sorted(os.listdir(tmp_path / "backup")) == ["2", "COMMIT", "LOCK"]

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
-from command_support import call, environment, run
+from cli_support import call, environment, run
 from engine_support import change_json, flip_bit, in_own_mounts, save_once
 
 import stepsave

@@ -64,7 +64,7 @@ def damaged_variables(lines):
 
 def test_a_whole_backup_is_valid_and_a_pipe_hears_one_line(backup):
     told = ask("verify", backup)
-    assert re.fullmatch(r"valid: step 160, 150; read \S+ kB in \S+ s, \S+ \w?B/s\n", told)
+    assert re.fullmatch(r"valid: step 160, 150; read \S+ kB in \S+ m?s, \S+ \w?B/s\n", told)
 
 
 @pytest.mark.parametrize("version", [path.name for path in GOLDEN.iterdir()])
@@ -239,11 +239,7 @@ def test_what_may_not_be_read_is_not_said_to_be_damaged(backup, monkeypatch):
 
 def test_a_directory_on_a_read_only_file_system_is_verified(backup):
     mount = f"mount --bind {backup} {backup} && mount -o remount,ro,bind {backup}"
-    ended = subprocess.run(
-        [*in_own_mounts(mount), sys.executable, "-m", "stepsave.cli", "verify", str(backup)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ask("verify", backup, prefix=in_own_mounts(mount)).startswith("valid: ")
 
 
 TRAINING = """
@@ -271,7 +267,7 @@ def test_while_a_training_saves_there_what_is_replaced_is_not_said_to_be_damaged
             end = time.monotonic() + 60
             valid = 0
             while valid < 3 and time.monotonic() < end:
-                ended = run("verify", tmp_path)
+                ended = run("verify", tmp_path, status=None)
                 gave_up = ended.returncode == 2 and "were replaced 10 times" in ended.stderr
                 assert ended.returncode == 0 or gave_up, ended.stdout + ended.stderr
                 valid += ended.returncode == 0

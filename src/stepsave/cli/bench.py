@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepsave.cli.amounts import parse_size, show_time
+from stepsave.cli.amounts import parse_size, size_text, time_text
 from stepsave.cli.costs import SaveCost
-from stepsave.cli.screen import size_text
 
 if TYPE_CHECKING:
     from stepsave.cli.measuring import Figures
@@ -91,15 +90,15 @@ def _show_figures(figures: Figures) -> None:
         speeds.append(("device to host", figures.to_host_s, "array by array"))
     for name, time_s, what in speeds:
         speed = f"{size_text(figures.state_bytes / time_s)}/s"
-        typer.echo(f"  {name:<16}{show_time(time_s):>8}   {speed:>9}  {what}")
+        typer.echo(f"  {name:<16}{time_text(time_s):>8}   {speed:>9}  {what}")
 
 
 def _show_choices(cost: SaveCost, every: int) -> None:
-    typer.echo(f"\nWith steps of {show_time(cost.step_s)}:\n")
+    typer.echo(f"\nWith steps of {time_text(cost.step_s)}:\n")
     typer.echo("  save_freq   training is longer by   a kill undoes at most")
     for one in _choices(every):
         mark = "  <-" if one == every else ""
-        share, lost = _percent(cost.overhead(one)), show_time(cost.most_lost_s(one))
+        share, lost = _percent(cost.overhead(one)), time_text(cost.most_lost_s(one))
         typer.echo(f"  {one:>9}   {share:>21}   {lost:>21}{mark}")
 
 

@@ -7,14 +7,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from stepsave.cli import jobs
 from stepsave.cli.comparison_text import show
 from stepsave.cli.differences import compare_variables
 from stepsave.cli.inspection import position_of
+from stepsave.cli.jobs import Job
 from stepsave.cli.outcome import FOUND
-from stepsave.cli.places import open_place, readers, split_step
-from stepsave.cli.screen import reading
+from stepsave.cli.places import open_place, split_step
 from stepsave.engine.choosing import choose_backup
-from stepsave.engine.examining import Examined, examine, settle
+from stepsave.engine.examining import READ_THREADS, Examined, examine, settle
 from stepsave.engine.markers import Markers
 from stepsave.engine.scanning import ChunkReader
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
@@ -49,8 +50,8 @@ class _Side:
 
 def run(a: str, b: str | None, *, as_json: bool) -> int:
     """Prints how two backups differ; returns the exit status of the command."""
-    with readers() as crew:
-        document = {"format": _FORMAT} | _compare_targets(a, b, crew)
+    found = jobs.do(lambda job, crew: _compare_targets(a, b, job, crew), READ_THREADS - 1)
+    document = {"format": _FORMAT} | found
     if as_json:
         print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
     else:
@@ -58,7 +59,7 @@ def run(a: str, b: str | None, *, as_json: bool) -> int:
     return 0 if document["are_equal"] else FOUND
 
 
-def _compare_targets(a: str, b: str | None, crew: Crew) -> Document:
+def _compare_targets(a: str, b: str | None, job: Job, crew: Crew) -> Document:
     """Compares them; again, if one was replaced meanwhile."""
     place_a, step_a = split_step(a)
     place_b, step_b = (place_a, step_a) if b is None else split_step(b)
@@ -74,7 +75,7 @@ def _compare_targets(a: str, b: str | None, crew: Crew) -> Document:
         def look(markers_b: Markers) -> tuple[Document, bool]:
             record_b = choose_backup(store_b, markers_b, step_b)
             side_a, side_b = _open(store_a, record_a, crew), _open(store_b, record_b, crew)
-            return _compare(side_a, side_b, crew), False
+            return _compare(side_a, side_b, job, crew), False
 
         return settle(store_b, look), False
 
@@ -97,7 +98,7 @@ def _choose_before(store: Store, markers: Markers) -> BackupRecord:
 
 
 def _open(store: Store, record: BackupRecord, crew: Crew) -> _Side:
-    examined = crew.call(lambda: examine(store, record, crew))
+    examined = examine(store, record, crew)
     for damage in examined.damages:
         raise CorruptBackupError(
             f"{store.path(damage.path)}: {damage.text} `stepsave verify` looks for more."
@@ -105,16 +106,14 @@ def _open(store: Store, record: BackupRecord, crew: Crew) -> _Side:
     return _Side(store, examined)
 
 
-def _compare(a: _Side, b: _Side, crew: Crew) -> Document:
+def _compare(a: _Side, b: _Side, job: Job, crew: Crew) -> Document:
     leaves_a, leaves_b = ({leaf.path: leaf for leaf in side.plan.leaves} for side in (a, b))
     common = [path for path in leaves_a if path in leaves_b]
     unlike = [path for path in common if leaves_a[path] != leaves_b[path]]
     same = [path for path in common if leaves_a[path] == leaves_b[path]]
-    with reading("comparing", a.plan.arena_bytes + b.plan.arena_bytes) as on_read:
-        reader_a, reader_b = (
-            ChunkReader(one.store, one.record, one.plan, on_read) for one in (a, b)
-        )
-        found = crew.call(lambda: compare_variables(reader_a, reader_b, same, crew))
+    job.begin("comparing", a.plan.arena_bytes + b.plan.arena_bytes)
+    reader_a, reader_b = (ChunkReader(one.store, one.record, one.plan, job.note) for one in (a, b))
+    found = compare_variables(reader_a, reader_b, same, crew)
     variables = [
         {"path": list(path), "elements": leaves_a[path].size_bytes // leaves_a[path].itemsize_bytes}
         | found[path].to_json()

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepsave.cli.amounts import show_time
-from stepsave.cli.screen import size_text
+from stepsave.cli.amounts import size_text, time_text
 
 __all__ = ("cp",)
 
@@ -49,5 +48,5 @@ def cp(
         speed = f"{size_text(one.size_bytes / one.took_s)}/s"
         typer.echo(
             f"{one.place}: step {one.step}, {size_text(one.size_bytes)} copied and read back in "
-            f"{show_time(one.took_s)} ({speed})."
+            f"{time_text(one.took_s)} ({speed})."
         )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stepsave.cli.screen import size_text
+from stepsave.cli.amounts import size_text
 
 __all__ = ("export",)
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from stepsave.cli import jobs
 from stepsave.cli.inspection_text import show
+from stepsave.cli.jobs import Job
 from stepsave.cli.lying_there import find_holding, find_others
 from stepsave.cli.outcome import FOUND
-from stepsave.cli.places import disks_of, open_place, readers, valid_backups
-from stepsave.cli.screen import reading
+from stepsave.cli.places import disks_of, open_place, valid_backups
 from stepsave.cli.statistics import Statistics, Summing
 from stepsave.engine.examining import (
+    READ_THREADS,
     Damage,
     Examined,
     check_shard_sizes,
@@ -41,8 +43,12 @@ _FORMAT = 1
 
 def run(target: str, *, as_json: bool, with_statistics: bool) -> int:
     """Prints what is in a place; returns the exit status of the command."""
-    with readers() as crew:
-        document = {"format": _FORMAT} | _inspect(open_place(target), crew, with_statistics)
+    store = open_place(target)
+
+    def work(job: Job, crew: Crew) -> Document:
+        return {"format": _FORMAT} | _inspect(store, job, crew, with_statistics)
+
+    document = jobs.do(work, READ_THREADS - 1)
     if as_json:
         print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
     else:
@@ -50,20 +56,18 @@ def run(target: str, *, as_json: bool, with_statistics: bool) -> int:
     return FOUND if document["is_damaged"] else 0
 
 
-def _inspect(store: Store, crew: Crew, with_statistics: bool) -> Document:
+def _inspect(store: Store, job: Job, crew: Crew, with_statistics: bool) -> Document:
     def look(markers: Markers) -> tuple[Document, bool]:
-        document = crew.call(lambda: _describe_place(store, markers, crew))
-        return document, document["is_damaged"]
-
-    def look_at_all(markers: Markers) -> tuple[Document, bool]:
-        document, _ = look(markers)
-        for backup in document["backups"][:1]:
-            _add_statistics(store, markers, crew, backup)
+        job.begin("looking", None)
+        document = _describe_place(store, markers, crew)
+        job.check()
+        for backup in document["backups"][: 1 if with_statistics else 0]:
+            _add_statistics(store, markers, job, crew, backup)
             document["is_damaged"] |= bool(backup["damages"])
         return document, document["is_damaged"]
 
-    document = settle(store, look_at_all if with_statistics else look)
-    disks = [_inspect(disk, crew, with_statistics) for disk in disks_of(store)]
+    document = settle(store, look)
+    disks = [_inspect(disk, job, crew, with_statistics) for disk in disks_of(store)]
     document["disks"] = disks
     document["is_damaged"] |= any(disk["is_damaged"] for disk in disks)
     return document
@@ -137,14 +141,14 @@ def position_of(examined: Examined) -> TrainingPosition | None:
     return position
 
 
-def _add_statistics(store: Store, markers: Markers, crew: Crew, backup: Document) -> None:
+def _add_statistics(store: Store, markers: Markers, job: Job, crew: Crew, backup: Document) -> None:
     record = valid_backups(markers)[0]
     plan = examine(store, record, crew).plan
     if plan is None:
         return
     summing = Summing(plan)
-    with reading("reading", plan.arena_bytes) as on_read:
-        damages = crew.call(lambda: scan_shards(store, record, plan, crew, summing.add, on_read))
+    job.begin("reading", plan.arena_bytes)
+    damages = scan_shards(store, record, plan, crew, summing.add, job.note)
     # Its shards were asked for their sizes too, which would be told a second time.
     files = {damage["path"] for damage in map(_describe_damage, damages)}
     others = [damage for damage in backup["damages"] if damage["path"] not in files]

@@ -6,7 +6,8 @@ import datetime as dt
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from stepsave.cli.screen import BAD, age_text, lay_out, say, shape_text, size_text
+from stepsave.cli.amounts import age_text, size_text
+from stepsave.cli.screen import BAD, lay_out, say, shape_text
 
 __all__ = ("position_text", "show")
 

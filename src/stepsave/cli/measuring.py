@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from stepsave.cli.amounts import size_text
 from stepsave.cli.jobs import Job
-from stepsave.cli.screen import size_text
 from stepsave.engine.checkpointer import Checkpointer
 from stepsave.engine.known_files import COMMIT
 from stepsave.errors import BackupDirectoryError

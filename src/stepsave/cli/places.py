@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Generator
 
-from stepsave.engine.examining import READ_THREADS
 from stepsave.engine.markers import Markers
-from stepsave.errors import BackupDirectoryError
 from stepsave.format.records import BackupRecord
 from stepsave.store.bucket import BucketStore
 from stepsave.store.local import LocalStore
 from stepsave.store.places import Store, open_store
-from stepsave.threads import Crew
 
-__all__ = ("disks_of", "open_place", "readers", "split_step", "valid_backups")
+__all__ = ("disks_of", "open_place", "split_step", "valid_backups")
 
 _DISK = re.compile(r"process-\d+")
 _STEP = re.compile(r"(.+)@(\d+)")
@@ -54,23 +49,3 @@ def valid_backups(markers: Markers) -> list[BackupRecord]:
     """Returns the backups that markers vouch for, the newest first."""
     # Between the reading of two markers both may have been replaced, and name the same one.
     return list({record.nonce: record for record in markers.records}.values())
-
-
-@contextlib.contextmanager
-def readers() -> Generator[Crew]:
-    """Threads that read, and one that has them read: the main thread waits and hears Ctrl-C.
-
-    Raises:
-        BackupDirectoryError: If so many threads cannot be started.
-    """
-    try:
-        crew = Crew(READ_THREADS, "stepsave-reader")
-    except RuntimeError as e:
-        raise BackupDirectoryError(
-            f"Cannot start {READ_THREADS} threads to read: {e}. Raise the limit on threads "
-            "(ulimit -u)."
-        ) from e
-    try:
-        yield crew
-    finally:
-        crew.end()

@@ -6,10 +6,14 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from stepsave.cli import jobs
+from stepsave.cli.amounts import size_text, time_text
+from stepsave.cli.jobs import Job
 from stepsave.cli.outcome import FOUND
-from stepsave.cli.places import disks_of, open_place, readers, valid_backups
-from stepsave.cli.screen import BAD, GOOD, Reading, reading, say, size_text, time_text
+from stepsave.cli.places import disks_of, open_place, valid_backups
+from stepsave.cli.screen import BAD, GOOD, say
 from stepsave.engine.examining import (
+    READ_THREADS,
     Damage,
     Examined,
     check_shard_sizes,
@@ -52,9 +56,13 @@ def run(target: str) -> int:
         BackupDirectoryError: If there is no backup.
     """
     began_s = time.monotonic()
-    with readers() as crew:
-        store = open_place(target)
-        found = [_verify(one, crew) for one in (store, *disks_of(store))]
+    store = open_place(target)
+    places = (store, *disks_of(store))
+
+    def work(job: Job, crew: Crew) -> list[_Verified]:
+        return [_verify(one, job, crew) for one in places]
+
+    found = jobs.do(work, READ_THREADS - 1)
     found = [one for one in found if one.damages[None] or one.steps]
     if not found:
         raise BackupDirectoryError(
@@ -75,28 +83,23 @@ def run(target: str) -> int:
     return 0
 
 
-def _verify(store: Store, crew: Crew) -> _Verified:
+def _verify(store: Store, job: Job, crew: Crew) -> _Verified:
     def look(markers: Markers) -> tuple[_Verified, bool]:
         damages: dict[int | None, list[Damage]] = {None: marker_damages(markers, store)}
-        examined = crew.call(
-            lambda: [examine(store, record, crew) for record in valid_backups(markers)]
-        )
-        total_bytes = sum(one.size_bytes for one in examined)
-        with reading("verifying", total_bytes) as on_read:
-            for one in examined:
-                on_read(sum(file.size_bytes for file in one.record.files))
-                scanned = crew.call(lambda one=one: _scan(store, one, crew, on_read))
-                damages[one.record.step] = [*one.damages, *scanned]
-        found = _Verified(str(store.root), damages, on_read.done_bytes)
-        return found, any(damages.values())
+        examined = [examine(store, record, crew) for record in valid_backups(markers)]
+        job.begin("verifying", sum(one.size_bytes for one in examined))
+        for one in examined:
+            job.note(sum(file.size_bytes for file in one.record.files))
+            damages[one.record.step] = [*one.damages, *_scan(store, one, job, crew)]
+        return _Verified(str(store.root), damages, job.done_bytes), any(damages.values())
 
     return settle(store, look)
 
 
-def _scan(store: Store, examined: Examined, crew: Crew, on_read: Reading) -> list[Damage]:
+def _scan(store: Store, examined: Examined, job: Job, crew: Crew) -> list[Damage]:
     if examined.plan is None:
         return check_shard_sizes(store, examined, crew)
-    return scan_shards(store, examined.record, examined.plan, crew, on_read=on_read)
+    return scan_shards(store, examined.record, examined.plan, crew, on_read=job.note)
 
 
 def _tell_damages(found: _Verified) -> None:
