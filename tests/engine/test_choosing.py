@@ -5,7 +5,8 @@ import pytest
 from engine_support import flip_bit, save_once
 
 import stepsave
-from stepsave.engine.choosing import ATTEMPTS, find_backup, read_chosen
+from stepsave.engine.attempts import ATTEMPTS
+from stepsave.engine.choosing import find_backup, read_chosen
 from stepsave.store.local import LocalStore
 
 

@@ -22,7 +22,7 @@ from engine_support import (
 )
 
 import stepsave
-from stepsave.engine import read_only
+from stepsave.engine import attempts
 from stepsave.engine.commit import CommitProtocol
 from stepsave.store.local import LocalStore
 
@@ -177,7 +177,7 @@ with stepsave.Checkpointer(sys.argv[1], double_checkpoint=sys.argv[2] == "True")
 
 @pytest.mark.parametrize("double", [False, True])
 def test_while_another_process_saves_each_backup_read_is_of_one_step(tmp_path, double, monkeypatch):
-    monkeypatch.setattr(read_only, "ATTEMPTS", 1000)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 1000)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-c", WRITE_ON, str(tmp_path), str(double)],
@@ -222,14 +222,14 @@ def replaced(tmp_path, monkeypatch):
 
 
 def test_a_backup_that_is_replaced_while_it_is_read_is_read_again(tmp_path, replaced):
-    replaced(read_only.ATTEMPTS - 1)
+    replaced(attempts.ATTEMPTS - 1)
     backup = stepsave.restore(tmp_path)
-    assert backup.step == 2 * (read_only.ATTEMPTS - 1) + 1
+    assert backup.step == 2 * (attempts.ATTEMPTS - 1) + 1
     assert_is_state_of(backup)
 
 
 def test_a_reader_gives_up_when_the_backup_is_replaced_each_time(tmp_path, replaced):
-    replaced(read_only.ATTEMPTS)
+    replaced(attempts.ATTEMPTS)
     with pytest.raises(stepsave.BackupDirectoryError, match=f"{tmp_path}.*replaced 10 times") as e:
         stepsave.restore(tmp_path)
     assert isinstance(e.value.__cause__, stepsave.CorruptBackupError)

@@ -66,20 +66,16 @@ def _compare_targets(a: str, b: str | None, job: Job, crew: Crew) -> Document:
     store_a, store_b = open_place(place_a), open_place(place_b)
     is_alone = b is None and step_a is None  # then the one before is compared with the newest
 
-    def look_at_b(markers_a: Markers) -> tuple[Document, bool]:
+    def look(markers_a: Markers, markers_b: Markers) -> tuple[Document, bool]:
         if is_alone:
             record_a = _choose_before(store_a, markers_a)
         else:
             record_a = choose_backup(store_a, markers_a, step_a)
+        record_b = choose_backup(store_b, markers_b, step_b)
+        side_a, side_b = _open(store_a, record_a, crew), _open(store_b, record_b, crew)
+        return _compare(side_a, side_b, job, crew), False
 
-        def look(markers_b: Markers) -> tuple[Document, bool]:
-            record_b = choose_backup(store_b, markers_b, step_b)
-            side_a, side_b = _open(store_a, record_a, crew), _open(store_b, record_b, crew)
-            return _compare(side_a, side_b, job, crew), False
-
-        return settle(store_b, look), False
-
-    return settle(store_a, look_at_b)
+    return settle(look, store_a, store_b)
 
 
 def _choose_before(store: Store, markers: Markers) -> BackupRecord:

@@ -66,7 +66,7 @@ def _inspect(store: Store, job: Job, crew: Crew, with_statistics: bool) -> Docum
             document["is_damaged"] |= bool(backup["damages"])
         return document, document["is_damaged"]
 
-    document = settle(store, look)
+    document = settle(look, store)
     disks = [_inspect(disk, job, crew, with_statistics) for disk in disks_of(store)]
     document["disks"] = disks
     document["is_damaged"] |= any(disk["is_damaged"] for disk in disks)

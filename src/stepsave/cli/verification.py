@@ -93,7 +93,7 @@ def _verify(store: Store, job: Job, crew: Crew) -> _Verified:
             damages[one.record.step] = [*one.damages, *_scan(store, one, job, crew)]
         return _Verified(str(store.root), damages, job.done_bytes), any(damages.values())
 
-    return settle(store, look)
+    return settle(look, store)
 
 
 def _scan(store: Store, examined: Examined, job: Job, crew: Crew) -> list[Damage]:

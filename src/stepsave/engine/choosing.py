@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from stepsave.engine.attempts import ATTEMPTS, ReplacedError, read_lasting
 from stepsave.engine.known_files import COMMIT
 from stepsave.engine.markers import Markers
 from stepsave.errors import BackupDirectoryError
@@ -14,9 +15,6 @@ from stepsave.store.places import Store
 __all__ = ("choose_backup", "find_backup", "read_chosen")
 
 T = TypeVar("T")
-
-ATTEMPTS = 10
-"""How often a backup may be replaced while it is being read, until the reader gives up."""
 
 
 def find_backup(store: Store, step: int | None = None) -> BackupRecord:
@@ -57,8 +55,6 @@ def choose_backup(store: Store, markers: Markers, step: int | None = None) -> Ba
 def read_chosen(store: Store, step: int | None, read: Callable[[BackupRecord, int], T]) -> T:
     """Calls `read` with the newest backup, or that of a step; again, if it was replaced meanwhile.
 
-    It proves itself, so what was read of two is refused; then the markers tell whether that is why.
-
     Args:
         store: Where it is.
         step: Of the one that is meant; None for the newest.
@@ -69,16 +65,12 @@ def read_chosen(store: Store, step: int | None, read: Callable[[BackupRecord, in
         Exception: What `read` raised for a backup that is still there.
     """
     store.check_directory()
-    cause: Exception | None = None
-    for attempt in range(ATTEMPTS):
-        record = find_backup(store, step)
-        try:
-            return read(record, attempt)
-        except Exception as e:
-            if find_backup(store, step) == record:
-                raise
-            cause = e
-    raise BackupDirectoryError(
-        f"{store.root}: the backup was replaced {ATTEMPTS} times while it was being read; the last "
-        f"time that showed as: {cause} Try again when saves are made less often."
-    ) from cause
+    try:
+        return read_lasting(
+            lambda: find_backup(store, step), lambda record, attempt: (read(record, attempt), None)
+        )
+    except ReplacedError as e:
+        raise BackupDirectoryError(
+            f"{store.root}: the backup was replaced {ATTEMPTS} times while it was being read; the "
+            f"last time that showed as: {e} Try again when saves are made less often."
+        ) from e.__cause__

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from stepsave.engine.attempts import ATTEMPTS, ReplacedError, read_lasting
 from stepsave.engine.known_files import COMMIT, TRAINING_PATH
 from stepsave.engine.markers import Markers
 from stepsave.errors import (
@@ -47,9 +48,6 @@ __all__ = (
 )
 
 T = TypeVar("T")
-
-ATTEMPTS = 10
-"""How often backups may be replaced while they are looked at, until it is given up."""
 
 READ_THREADS = 4
 
@@ -103,41 +101,28 @@ class Examined:
         return small + self.record.shard_bytes * len(self.record.shard_digests)
 
 
-def settle(store: Store, look: Callable[[Markers], tuple[T, bool]]) -> T:
-    """Looks at the backups of a place; again, if that has met damage and they were replaced.
-
-    No lock is taken, so a training may replace them at any instant. What is left of a backup then
-    does not prove itself, and the markers tell whether that is why.
+def settle(look: Callable[..., tuple[T, bool]], *stores: Store) -> T:
+    """Looks at the backups of places; again, if that has met damage and they were replaced.
 
     Args:
-        store: The place.
-        look: Returns what it has found, and whether anything was damaged; or raises
-            `CorruptBackupError`.
+        look: Called with the markers of each. Returns what it has found, and whether anything was
+            damaged; or raises.
+        stores: The places.
 
     Raises:
         BackupDirectoryError: If they were replaced each time.
         FormatVersionError, OSError: If a marker cannot be read, though it may be whole.
     """
-    for _ in range(ATTEMPTS):
-        before = _read_markers(store)
-        found: list[T] = []
-        error: CorruptBackupError | None = None
-        try:
-            one, is_damaged = look(before)
-            found.append(one)
-        except CorruptBackupError as e:
-            error, is_damaged = e, True
-        if is_damaged:
-            now = _read_markers(store)
-            if before.records != now.records:
-                continue
-        if error is not None:
-            raise error
-        return found[0]
-    raise BackupDirectoryError(
-        f"{store.root}: the backups were replaced {ATTEMPTS} times while they were being read. "
-        "Look again when saves are made less often, or at a copy of the directory."
-    )
+    try:
+        return read_lasting(
+            lambda: [_read_markers(store).records for store in stores],
+            lambda _, __: look(*map(_read_markers, stores)),
+        )
+    except ReplacedError as e:
+        raise BackupDirectoryError(
+            f"{stores[0].root}: the backups were replaced {ATTEMPTS} times while they were being "
+            "read. Look again when saves are made less often, or at a copy of the directory."
+        ) from e.__cause__
 
 
 def _read_markers(store: Store) -> Markers:

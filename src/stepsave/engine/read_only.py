@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from stepsave.engine.choosing import ATTEMPTS
+from stepsave.engine.attempts import ATTEMPTS, ReplacedError, read_lasting
 from stepsave.engine.extents import Needs
 from stepsave.engine.markers import Markers
 from stepsave.engine.newest import restore_newest
@@ -22,8 +22,7 @@ __all__ = ("ReadOnlyDirectory",)
 class ReadOnlyDirectory:
     """What a checkpointer has of a directory that it only reads; else as `BackupDirectory`.
 
-    No lock is taken, so a backup may be replaced at any instant. It proves itself, so what was
-    read of two is refused; then the markers tell whether that is why, and the newer one is read.
+    No lock is taken, so a backup may be replaced at any instant; then the newer one is read.
     """
 
     writer_name = ""
@@ -92,33 +91,24 @@ class ReadOnlyDirectory:
             CorruptBackupError: If there is one, but it cannot be read.
             BackupDirectoryError: If it was replaced each time.
         """
-        cause: Exception | None = None
-        lost = ""
-        for _ in range(ATTEMPTS):
-            found, error = None, None
-            before = self._read_markers()
-            try:
-                found, lost = restore_newest(
-                    str(self._store.root),
-                    Markers(self._store),
-                    lambda record: read_backup(self._store, record, self._helpers, needs),
-                    step,
-                )
-            except Exception as e:  # noqa: BLE001  raised below, if nobody else is the cause
-                error = e
-            if error is None and not lost:
-                return found, ""
-            now = self._read_markers()
-            if before.records == now.records:
-                if error is not None:
-                    raise error
-                return found, lost
-            cause = error
-        raise BackupDirectoryError(
-            f"{self._store.root}: the backup was replaced {ATTEMPTS} times while it was being "
-            f"read; the last time that showed as: {cause or lost} Read it again when saves are "
-            "made less often, or read a copy of the directory."
-        ) from cause
+
+        def read(_: object, __: int) -> tuple[tuple[StoredBackup | None, str], str]:
+            found, lost = restore_newest(
+                str(self._store.root),
+                Markers(self._store),
+                lambda record: read_backup(self._store, record, self._helpers, needs),
+                step,
+            )
+            return (found, lost), lost
+
+        try:
+            return read_lasting(lambda: self._read_markers().records, read)
+        except ReplacedError as e:
+            raise BackupDirectoryError(
+                f"{self._store.root}: the backup was replaced {ATTEMPTS} times while it was being "
+                f"read; the last time that showed as: {e} Read it again when saves are made less "
+                "often, or read a copy of the directory."
+            ) from e.__cause__
 
     def _read_markers(self) -> Markers:
         markers = Markers(self._store)
