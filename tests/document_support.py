@@ -17,10 +17,21 @@ LIMIT_S = 240  # for all that a script does; importing a framework takes its tim
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
+_BLOCK = re.compile(
+    r"(?:<!-- (file|needs|not run)[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def marked_blocks(text):
+    """The blocks of a page: mark before it and what that says, language, and the block itself."""
+    return _BLOCK.findall(text)
+
+
 def blocks(page, language):
     """The code blocks of one language in a page, as a reader would copy them."""
     text = (ROOT / "docs" / page).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for *_, kind, block in marked_blocks(text) if kind == language]
 
 
 class Script:

@@ -28,7 +28,7 @@ CLI = Path(__file__).parents[2] / "docs" / "cli.md"
 HOME = "/home/me"
 VARYING = [
     (re.compile(r"\S+ (s|min|h|days) ago, \S+ \S+ UTC"), "… ago, …"),
-    (re.compile(r"in \S+ s, \S+ \w?B/s"), "in … s, … MB/s"),
+    (re.compile(r"in [\d.]+ m?s, [\d.]+ \w?B/s"), "in … s, … MB/s"),
     (re.compile(r"(LOCK +)\d+ B"), r"\1… B"),
     (re.compile(r"in [\d.]+ m?s \([\d.]+ \w?B/s\)"), "in … s (… MB/s)"),
     (re.compile(r"(160  |frees |Removed: )[\d.]+ MB"), r"\1… MB"),  # in blocks of the file system

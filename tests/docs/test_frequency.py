@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from document_support import ROOT, blocks
 
 from stepsave.engine.interval import best_interval_s
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "frequency.md").read_text()
-FIT, FAILURES, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-SHOWN = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)[0].strip()
+PAGE = (ROOT / "docs" / "frequency.md").read_text()
+FIT, FAILURES, LOOP = blocks("frequency.md", "python")
+SHOWN = blocks("frequency.md", "text")[0].strip()
 
 
 def run(code, directory):

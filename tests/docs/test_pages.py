@@ -18,21 +18,18 @@ from pathlib import Path
 
 import pytest
 from bucket_support import put, s3, s3_environment, s3_target
+from document_support import ROOT, marked_blocks
 
 __all__ = ("s3", "s3_target")
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
-BLOCK = re.compile(
-    r"(?:<!-- (file|needs|not run)[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 SHELLS = {"bash", "console", "sh"}
 LANGUAGES = {"python", *SHELLS}
 RUN = {
     page
     for page, text in PAGES.items()
-    if any(kind in LANGUAGES and mark != "not run" for mark, _, kind, _ in BLOCK.findall(text))
+    if any(kind in LANGUAGES and mark != "not run" for mark, _, kind, _ in marked_blocks(text))
 }
 # What is only shown: layouts of files, outputs, the input of other programs.
 SHOWN = {"", "json", "text", "{toctree}", "{eval-rst}", "yaml", "ini"}
@@ -65,7 +62,7 @@ def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
         put(f"{store.url}/my-bucket", b"")
         environment |= s3_environment(store.url)
     script, printed = "", None
-    for mark, told, language, block in [*BLOCK.findall(PAGES[page]), ("", "", "console", "")]:
+    for mark, told, language, block in [*marked_blocks(PAGES[page]), ("", "", "console", "")]:
         if mark == "file":
             (tmp_path / told.strip()).write_text(block)
         elif language == "python" and mark != "not run":  # goes on where the one before it ended
@@ -86,14 +83,14 @@ def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
 def test_each_block_of_a_page_is_of_a_known_kind(page):
     fences = re.findall(r"^ *```(\S*)", PAGES[page], re.MULTILINE)
     assert set(fences) <= LANGUAGES | SHOWN
-    found = [language for *_, language, _ in BLOCK.findall(PAGES[page])]
+    found = [language for *_, language, _ in marked_blocks(PAGES[page])]
     for language in LANGUAGES:
         assert found.count(language) == fences.count(language), "a block that the test overlooks"
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_what_is_not_run_says_why(page):
-    for mark, reason, _, _ in BLOCK.findall(PAGES[page]):
+    for mark, reason, _, _ in marked_blocks(PAGES[page]):
         if mark == "not run":
             assert len(reason.split()) >= 4
 

@@ -5,23 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from bucket_support import put, s3, s3_environment, s3_target
+from document_support import ROOT, blocks
 from peers_support import Processes
 
 import stepsave
 
 __all__ = ("s3", "s3_target")
 
-ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-FIT, PREEMPTION, LOOP, IN_BUCKET, TIERS, SEVERAL = EXAMPLES
+FIT, PREEMPTION, LOOP, IN_BUCKET, TIERS, SEVERAL = blocks("../README.md", "python")
 PREEMPTION = FIT + PREEMPTION  # it goes on with that model
 IN_BUCKET, TIERS = FIT + IN_BUCKET, FIT + TIERS
 

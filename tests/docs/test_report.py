@@ -4,12 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from bench.publish import report as publishing
+from document_support import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs/report.md"
 
 
@@ -25,7 +24,7 @@ def test_text_and_picture_are_made_from_what_the_program_reported(tmp_path):
 
 
 def test_the_programs_of_the_page_run_as_written_one_after_the_other(tmp_path):
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    examples = blocks("report.md", "python")
     assert len(examples) == 3
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", "\n".join(examples)],
@@ -36,7 +35,7 @@ def test_the_programs_of_the_page_run_as_written_one_after_the_other(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    shown = PAGE.read_text().partition("```text\n")[2].partition("```")[0]
+    shown = blocks("report.md", "text")[0]
     lines, shown_lines = done.stdout.splitlines(), shown.splitlines()
     assert [line[:20] for line in lines[1:]] == [line[:20] for line in shown_lines[1:]]
     for name in ("report.svg", "again.png", "trace.json", "report.json"):

@@ -33,7 +33,7 @@ def test_an_error_is_raised_if_the_same_is_still_there_and_forgotten_if_not():
 
     there = iter("abc")
     assert read_lasting(lambda: next(there), read) == "c"
-    with pytest.raises(OSError, match="^b$"):
+    with pytest.raises(OSError, match=r"^b$"):
         read_lasting(lambda: "b", read)
 
 
