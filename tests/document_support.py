@@ -18,7 +18,7 @@ ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
 _BLOCK = re.compile(
-    r"(?:<!-- (file|needs|not run)[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
+    r"(?:<!-- (file|needs|not run|[\w ]+(?=: begin))[^:\n]*: ([^>]+) -->\n)?^```(\w+)\n(.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 

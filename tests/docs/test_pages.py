@@ -6,6 +6,7 @@ before a block says otherwise:
     <!-- file: train.py -->       it is written into this file, for commands that follow
     <!-- needs: bucket -->        s3://my-bucket is there
     <!-- not run: the reason -->  it is not run
+    <!-- inspect: begin -->       it is a capture, which `test_captures` takes again
 
 A block of text behind commands is what they print; `…` stands for what is left out or differs.
 """
@@ -67,7 +68,7 @@ def test_what_a_page_shows_runs_as_written(page, tmp_path, request):
             (tmp_path / told.strip()).write_text(block)
         elif language == "python" and mark != "not run":  # goes on where the one before it ended
             script += block
-        elif language in SHELLS and mark != "not run":
+        elif language in SHELLS and mark != "not run" and told != "begin":
             if script:
                 run([*PYTHON, script], tmp_path, environment)
             script = ""

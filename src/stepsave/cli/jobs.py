@@ -125,7 +125,8 @@ def do(work: Callable[[Job, Crew], T], helpers: int) -> T:
         crew = Crew(1 + helpers, "stepsave-job")
     except RuntimeError as e:
         raise BackupDirectoryError(
-            f"Cannot start {1 + helpers} threads to read: {e}. Raise the limit on threads (ulimit -u)."
+            f"Cannot start {1 + helpers} threads to read: {e}. Raise the limit on threads "
+            "(ulimit -u)."
         ) from e
     # One that is ignored stays so: `nohup` has a command outlive its terminal.
     heard = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
