@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 
 import keras
 import pytest
@@ -172,6 +173,33 @@ def test_a_completed_fit_puts_the_handler_before_back(backup_dir, heard):
     _, note = heard
     fit(step_model(), preemptible(backup_dir))
     assert signal.getsignal(signal.SIGTERM) == note
+
+
+def test_a_forked_worker_is_ended_by_the_signal_as_it_would_be_without_us(backup_dir, heard):
+    """A pool that loads data ends its workers by SIGTERM, wherever they are."""
+    _, note = heard
+    handlers, statuses = [], []
+
+    class Forking(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            if not statuses:
+                thread = threading.Thread(target=fork)
+                thread.start()
+                thread.join(60)
+
+    def fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the process has more threads than one
+            pid = os.fork()
+        if pid == 0:
+            os._exit(0 if signal.getsignal(signal.SIGTERM) == note else 1)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    fit(step_model(), preemptible(backup_dir), Forking())
+    assert statuses == [0]
+    assert len(handlers) == STEPS
+    assert all(handler != note for handler in handlers), "those of the training stay"
 
 
 def test_after_a_fit_that_raised_a_signal_goes_to_the_handler_before(backup_dir, heard):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -90,6 +92,7 @@ class PreemptionSignals:
         self._unsaved.add(id(saver))
         if self.is_removed:
             self.is_removed, self._previous = False, {}
+        _installed.add(self)
         for signum in signals:
             if signum not in self._previous:
                 # Noted first: interrupted in between, `remove` finds nothing of ours to undo.
@@ -110,6 +113,11 @@ class PreemptionSignals:
                 # None: a handler that was not installed from Python, and cannot be put back.
                 previous = self.handler_before(signum)
                 signal.signal(signum, signal.SIG_DFL if previous is None else previous)
+
+    def leave_to_parent(self) -> None:
+        """Puts the handlers before back in a forked child, and tells nobody."""
+        self._agreement = None
+        self.remove()
 
     def handler_before(self, signum: int) -> Any:
         """The handler to put back: not one of ours that was removed while this one lay over it."""
@@ -166,3 +174,17 @@ class PreemptionSignals:
         if not again:
             self._received_s = time.monotonic()
             self.received = signum
+
+
+_installed: weakref.WeakSet[PreemptionSignals] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for handlers in list(_installed):
+        handlers.leave_to_parent()
+
+
+# Workers that load data inherit our handlers. A pool ends them by SIGTERM, and Python runs its
+# handlers only between two steps of its own: one that is about to wait for a lock would sleep on,
+# and the pool, and so `fit`, wait for it for ever.
+os.register_at_fork(after_in_child=_leave_to_parent)
