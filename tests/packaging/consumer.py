@@ -22,7 +22,19 @@ def loop(place: str) -> float:
         handle: stepsave.SaveHandle = saver.save(first, state, metadata)
         handle.wait(timeout_s=60.0)
         stats: stepsave.SaveStats = saver.stats()
+        report: stepsave.SaveReport = saver.report()
+        report.save_trace("trace.json")
     return stats.stall_total_s
+
+
+def often(place: str) -> str:
+    frequency: stepsave.SaveFrequency = stepsave.SaveFrequency.of("auto", max_overhead=0.02)
+    with stepsave.Checkpointer(place, keep=2, keep_every=100) as saver:
+        for step in range(100):
+            if frequency.is_due(step):
+                frequency.note(saver.save(step, {"x": np.zeros(3)}))
+        steps = [record.step for record in saver.kept]
+    return f"{frequency.text} {steps}"
 
 
 def read(place: str) -> tuple[int, stepsave.TrainingPosition]:
