@@ -167,7 +167,7 @@ def test_of_a_spoilt_marker_no_backup_is_compared_and_those_of_the_other_are(tmp
     save_once(tmp_path / "one", {"a": np.ones(4)}, 160, {"position": position(160)})
     flip_bit(tmp_path / "two/PREVIOUS", 60)
     for arguments in ([tmp_path / "two"], [f"{tmp_path}/two@150", tmp_path / "one"]):
-        ended = run("diff", *arguments)
+        ended = run("diff", *arguments, status=1)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert f"{tmp_path}/two/PREVIOUS: expected CRC-32C" in ended.stderr
     assert ask_json("diff", tmp_path / "two", tmp_path / "one")["are_equal"]
