@@ -20,8 +20,6 @@ from bench.publish.collected import (
     times,
 )
 
-NOT_MEASURED = "Not measured on this machine."
-
 
 def machine_line(collected: Collected) -> str:
     """The machine in one line."""
@@ -40,7 +38,7 @@ def machine_line(collected: Collected) -> str:
 
 
 def of_machine(collected: Collected) -> str:
-    """Every table; a section of what is missing says so."""
+    """Every table, and what is missing of them."""
     # None of these where nothing was measured.
     started, changed, resumed = (
         table.sections(collected) for table in (starts_table, changes_table, resume_table)
@@ -63,8 +61,14 @@ def of_machine(collected: Collected) -> str:
         ("How the systems were set up", _settings),
     ]
     lines = [f"## {machine_line(collected)}", "", *_packages(collected)]
+    missing: list[str] = []
     for title, make in sections:
-        lines += [f"### {title}", "", *(make(collected) or [NOT_MEASURED]), ""]
+        if found := make(collected):
+            lines += [f"### {title}", "", *found, ""]
+        else:
+            missing.append(title)
+    if missing:
+        lines += [f"Not measured on this machine: {'; '.join(missing)}.", ""]
     return "\n".join(lines)
 
 
@@ -197,8 +201,8 @@ def _timed(summary: dict[str, Any]) -> list[str]:
 def _all_fits(collected: Collected) -> list[str]:
     lines: list[str] = []
     for backend, name in BACKEND_NAMES.items():
-        result = collected.main_fits(backend)
-        lines += [f"#### {name}", "", *(_fits(result) if result else [NOT_MEASURED]), ""]
+        if result := collected.main_fits(backend):
+            lines += [f"#### {name}", "", *_fits(result), ""]
     return lines
 
 

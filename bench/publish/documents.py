@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common import RESULTS
@@ -53,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     for collected in others:
         pictures.draw(collected)
         scale.draw(collected)
-    # The one with most results first: it says most. The README shows no other.
+    # The one with most results first: it says most. Of others the README has only targets' figures.
     others.sort(key=lambda collected: -len(collected.results))
-    short = [overview(collected, options.readme.parent) for collected in others[:1]]
+    short = [overview(others, options.readme.parent)] if others else []
     replace(options.readme, "figures", "\n".join([*short, *gpu_table.overview(gpus)]))
     long = [*map(details.of_machine, others), *("\n".join(gpu_table.details(c)) for c in gpus)]
     replace(options.details, "details", "\n".join(long))
@@ -77,15 +78,16 @@ def replace(document: Path, mark: str, text: str) -> None:
     document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
-def overview(collected: Collected, base: Path) -> str:
-    """What the README says of one machine."""
+def overview(machines: Sequence[Collected], base: Path) -> str:
+    """What the README says: of the first machine, and what only others measured."""
+    collected = machines[0]
     lines = [f"### {details.machine_line(collected)}", ""]
     main_fits = collected.main_fits("jax")
     if main_fits is None:
         lines += [f"Whole fits: {NOT_MEASURED} on this machine.", ""]
     else:
         lines += [*_systems(collected, main_fits), "", *_other_backends(collected), ""]
-    lines += [*_pictures(collected, base), *targets.table(collected), ""]
+    lines += [*_pictures(collected, base), *targets.table(machines), ""]
     return "\n".join(lines)
 
 

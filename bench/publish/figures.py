@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from bench.publish.collected import Collected, number
 
@@ -34,13 +34,18 @@ class Target:
     figures: Callable[[Collected], Iterator[Figure]]
     limit: Callable[[Collected], str] | None = None
 
-    def row(self, collected: Collected) -> str:
-        found = list(self.figures(collected))
-        if not found:
+    def row(self, machines: Sequence[Collected]) -> str:
+        """A row of the table, of the first machine that has figures; any but the first is named."""
+        for collected in machines:
+            if found := list(self.figures(collected)):
+                break
+        else:
             return f"| {self.what} | {self.target} | not measured | | |"
         reached = ", ".join(f"{figure.label} {figure.text}".strip() for figure in found)
         met = all(figure.met for figure in found)
         limit = self.limit(collected) if self.limit else ""
+        if collected is not machines[0] and collected.facts:
+            reached += f" (on {collected.facts['cpu']})"
         verdict = "met" if met else "**missed**"
         return f"| {self.what} | {self.target} | {reached} | {verdict} | {limit} |"
 
