@@ -1,0 +1,48 @@
+"""Writes what the campaigns found into `docs/durability.md`: from kept JSON, never by hand."""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.publish.collected import markdown_table
+from bench.publish.documents import replace
+
+from proof.record import RESULTS, ROOT
+
+DOCUMENT = ROOT / "docs/durability.md"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m proof.publish", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args(arguments)
+    replace(options.document, "proof", "\n".join(table(options.results)))
+
+
+def table(results):
+    documents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    rows = [
+        [row["what"], f"{row['cases']:,}", f"{row['bad']:,}" if row["bad"] else "0", row["notes"]]
+        for document in documents
+        for row in document["rows"]
+    ]
+    cases, bad = (sum(r[key] for d in documents for r in d["rows"]) for key in ("cases", "bad"))
+    machines = {_machine(document) for document in documents}
+    return [
+        f"{cases:,} cases, {bad:,} bad restores; taken on {'; '.join(sorted(machines))}.",
+        "",
+        *markdown_table(["what was done", "cases", "bad restores", ""], rows),
+    ]
+
+
+def _machine(document):
+    facts = document["machine"]
+    return (
+        f"{facts['cpus']} cores of {facts['cpu']}, Linux {facts['kernel']}, "
+        f"{facts['file_system']}, Python {facts['python']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
