@@ -135,7 +135,7 @@ class _Errand:
         return Copied(
             place=str(self.target.root),
             step=record.step,
-            size_bytes=_size_bytes(record),
+            size_bytes=record.size_bytes,
             took_s=time.perf_counter() - began_s,
             was_there=was_there,
         )
@@ -183,8 +183,3 @@ def _is_empty(store: Store) -> bool:
     markers = Markers(store)
     markers.read_markers()
     return not markers.records
-
-
-def _size_bytes(record: BackupRecord) -> int:
-    shards_bytes = len(record.shard_digests) * record.shard_bytes
-    return shards_bytes + sum(file.size_bytes for file in record.files)

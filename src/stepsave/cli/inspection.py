@@ -101,7 +101,7 @@ def _describe(examined: Examined, damages: Iterable[Damage], *, is_newest: bool)
         "has_ended": record.ended,
         "saved_at": saved and saved.isoformat(timespec="milliseconds"),
         "age_s": None if saved_s is None else max(0.0, round(time.time() - saved_s, 3)),
-        "bytes": examined.size_bytes,
+        "bytes": record.size_bytes,
         "state_bytes": plan and plan.state_bytes,
         "shards": len(record.shard_digests),
         "format": examined.training.get("format"),

@@ -87,7 +87,7 @@ def _verify(store: Store, job: Job, crew: Crew) -> _Verified:
     def look(markers: Markers) -> tuple[_Verified, bool]:
         damages: dict[int | None, list[Damage]] = {None: marker_damages(markers, store)}
         examined = [examine(store, record, crew) for record in valid_backups(markers)]
-        job.begin("verifying", sum(one.size_bytes for one in examined))
+        job.begin("verifying", sum(one.record.size_bytes for one in examined))
         for one in examined:
             job.note(sum(file.size_bytes for file in one.record.files))
             damages[one.record.step] = [*one.damages, *_scan(store, one, job, crew)]

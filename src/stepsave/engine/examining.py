@@ -94,12 +94,6 @@ class Examined:
         """What the training has said of itself."""
         return self.training.get("metadata", {})
 
-    @property
-    def size_bytes(self) -> int:
-        """Size of all its files."""
-        small = sum(file.size_bytes for file in self.record.files)
-        return small + self.record.shard_bytes * len(self.record.shard_digests)
-
 
 def settle(look: Callable[..., tuple[T, bool]], *stores: Store) -> T:
     """Looks at the backups of places; again, if that has met damage and they were replaced.

@@ -173,6 +173,12 @@ class BackupRecord:
     shard_digests: tuple[int, ...]
     ended: bool = False
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        small = sum(file.size_bytes for file in self.files)
+        return small + self.shard_bytes * len(self.shard_digests)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Owner:
