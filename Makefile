@@ -8,7 +8,7 @@ BACKENDS := torch jax tensorflow # the quickest first: what says the same on eac
 OLDEST_KERAS := keras==3.14.0
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all exact-table lint docs format bench clean
+.PHONY: demo test test-all crash exact-table lint docs format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m stepsave.demo
@@ -71,6 +71,11 @@ format: $(VENV)/.lint
 # Runs the matrix of exact resume and makes docs/exact-resume.md from what passed.
 exact-table: $(VENV)/.test
 	$(BIN)/python -m bench.publish.exact
+
+# Tries for hours to make a backup lose something, and makes the tables of docs/durability.md.
+# One campaign, in small: make crash CRASH="kills --quick"
+crash: $(VENV)/.test
+	PYTHONPATH=tests:. $(BIN)/python -m proof $(CRASH)
 
 # Measures on this machine, keeps the raw JSON, and makes the published tables from it.
 bench: $(VENV)/.test
