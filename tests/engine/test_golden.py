@@ -6,7 +6,9 @@ from pathlib import Path
 
 import golden_state
 import pytest
+from bucket_support import s3, s3_target
 from engine_support import assert_same_bits
+from peers_support import Processes
 
 import stepsave
 from stepsave.format.blueprint import Blueprint
@@ -15,7 +17,10 @@ from stepsave.format.records import FORMAT_VERSION, LeafSpec
 from stepsave.format.tree import flatten
 from stepsave.snapshot.arrays import dtype_name
 
+__all__ = ("s3", "s3_target")
+
 GOLDEN = Path(__file__).parent / "golden"
+DISKS = GOLDEN.with_name("golden-disks")
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 
@@ -45,6 +50,14 @@ def test_the_golden_backup_of_processes_is_in_blocks_and_has_what_each_of_them_k
     assert json.loads((backup / "layout.json").read_text())["format"] == 2
     metadata = json.loads((backup / "training.1.json").read_text())["metadata"]
     assert metadata == {"rank": 1}
+
+
+@pytest.mark.xdist_group("buckets")
+def test_the_golden_backup_on_the_disks_of_processes_restores(s3, tmp_path):
+    shutil.copytree(DISKS, tmp_path / "disks")
+    options = json.dumps({"local_dir": str(tmp_path / "disks")})
+    with Processes(golden_state.RESTORE_SPREAD, s3.place, options) as processes:
+        assert [lines[-1] for lines in processes.results()] == ["exact", "exact"]
 
 
 def test_the_constant_files_of_this_version_are_byte_for_byte_those_of_the_golden_backup():
