@@ -7,6 +7,8 @@ import logging
 import random
 
 import pytest
+from bucket_support import gcs, gcs_target, s3, s3_target
+from proof.bucket_states import recover_from_bucket
 from proof.crash_recording import memory_directory, record_here, record_traced, why_no_strace
 from proof.crash_scenarios import ALL, FAULTS, KILLS, SCENARIOS
 from proof.recovery import recover_from_all
@@ -16,6 +18,8 @@ from stepsave.testing.crashes import Sampling
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("small_shards")]
 
 MOST = 80  # of one scenario
+
+_fixtures = gcs, gcs_target, s3, s3_target
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def test_so_it_is_after_a_sync_that_failed(rng):
 
 
 def test_so_it_is_where_a_process_was_killed_before_and_another_has_gone_on(rng):
-    for name in rng.sample(sorted(KILLS), 8):
+    for name in rng.sample(sorted(KILLS), 6):
         check(name, "direct", rng, most=40)
 
 
@@ -60,3 +64,21 @@ def test_so_it_is_where_a_process_was_killed_before_and_another_has_gone_on(rng)
 @pytest.mark.parametrize("name", ["first save", "save into a spare"])
 def test_so_it_is_with_what_tensorstore_writes_by_itself(name, rng):
     check(name, "tensorstore", rng, record_traced)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("s3", "first save"),
+        ("s3", "second save"),
+        ("s3", "keep=2"),
+        ("s3", "delete several"),
+        ("gcs", "second save"),
+    ],
+)
+def test_every_state_of_a_bucket_after_a_death_is_recovered_from(kind, name, rng, request):
+    proxy = request.getfixturevalue(kind)
+    count, bad = recover_from_bucket(name, proxy, rng.randrange(1 << 32), samples=2, most=50)
+    assert count > 10, "nothing was under way: was anything recorded?"
+    if bad:
+        raise ExceptionGroup(f"{len(bad)} of {count} states of {name!r}", bad[:3])

@@ -75,18 +75,18 @@ def _recover(directory, acknowledged, scenario, writer, foreign):
         found = -1 if backup is None else backup.step
         assert found >= acknowledged, f"step {acknowledged} was acknowledged, {found} restored"
         if backup is not None:
-            _assert_is_of(backup)
+            assert_is_of(backup)
         del backup
         if acknowledged > keep and not scenario.may_fall_back:
             kept = [record.step for record in saver.kept]
             assert len(kept) >= keep, f"of {keep} only {kept} are kept"
             for step in kept:
-                _assert_is_of(saver.restore(step=step))
+                assert_is_of(saver.restore(step=step))
         step = max(found, 0) + 10
         saver.save(step, tiny_state(step), {"of": step}).wait()
         restored = saver.restore()
         assert restored.step == step
-        _assert_is_of(restored)
+        assert_is_of(restored)
         del restored
     _assert_clean(directory, foreign, [step, *([found] if keep and found > 0 else [])])
 
@@ -103,7 +103,7 @@ def _without_warnings():
         yield
 
 
-def _assert_is_of(backup):
+def assert_is_of(backup):
     assert_is_state_of(backup)
     assert len(backup.state["weights"]) in (2, 3)
     assert backup.metadata == {"of": backup.step}
