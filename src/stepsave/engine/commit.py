@@ -138,10 +138,17 @@ class CommitProtocol(Markers):
             self.collect()
         self._retire_left()
         if blueprint.records != self._spare_of:
-            if not self._spare_fits(blueprint):
+            if self._spare_fits(blueprint):
+                # A process that was killed may have written it, and synced none of it.
+                for path in blueprint.files:
+                    self._files.sync_file(f"{self._spare}/{path}")
+            else:
                 self._remove_backup(self._spare)
                 self._spare = self._name_spare()
                 self._make_spare(blueprint)
+            # Without these a power cut can lose directories whose files are durable.
+            self._files.sync_tree(self._spare)
+            self._files.sync_directory()
             self._spare_of = blueprint.records
         return self._spare
 
@@ -199,7 +206,8 @@ class CommitProtocol(Markers):
         """Writes the files that are written last into the spare directory, durably."""
         for path, data in changing.items():
             self._files.write(f"{self._spare}/{path}", data)
-        # Without it a power cut can lose the entries of the files just written.
+        # Without these a power cut can lose the entries of new shards and of these files.
+        self._files.sync_directory(f"{self._spare}/{orbax.ARENA_PATH}/c")
         self._files.sync_directory(self._spare)
 
     def name(self, record: BackupRecord) -> BackupRecord:
@@ -269,7 +277,8 @@ class CommitProtocol(Markers):
 
     def delete_all(self) -> None:
         """Removes every backup, markers first, and nothing that stepsave did not write."""
-        for name in (COMMIT, PREVIOUS):
+        # The newest is the last to go: a crash in between must not have an older one restored.
+        for name in (PREVIOUS, COMMIT):
             self._set_marker(name)
         self.committed, self.kept = None, ()
         self.problems.clear()
@@ -316,6 +325,9 @@ class CommitProtocol(Markers):
         One of them may be the spare directory afterwards, for the next save.
         """
         self._written.clear()
+        # A killed process may have replaced a marker and not synced that. Without it a power cut
+        # can bring the old one back after the backup that it names was retired.
+        self._files.sync_directory()
         # They differ after `fall_back`, and after a publish that failed half way. A marker
         # must stop naming a backup before anything of that backup is touched; COMMIT first,
         # so that at every instant one of the markers names a backup that can be read.
@@ -355,12 +367,11 @@ class CommitProtocol(Markers):
             self._files.make_directory(f"{self._spare}/{path}")
         for path, data in blueprint.files.items():
             self._files.write(f"{self._spare}/{path}", data)
-        # Without these a power cut can lose directories whose files are durable.
-        self._files.sync_tree(self._spare)
-        self._files.sync_directory()
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
         """Whether `spare` has these constant files, and none that no such backup has."""
+        if not self._files.is_directory(f"{self._spare}/{orbax.ARENA_PATH}/c"):
+            return False  # a power cut can lose one that is empty
         for path, data in blueprint.files.items():
             name = f"{self._spare}/{path}"
             if self._files.size_bytes(name) != len(data):

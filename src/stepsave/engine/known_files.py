@@ -50,7 +50,8 @@ is passed over, and left where it is."""
 
 # A shard, or what a killed tensorstore leaves of one: a file that was not yet renamed.
 _SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
-_LOCK = re.compile(rb"(pid \d+\n([0-9a-f]{32}\n)?)?")
+# Nobody syncs it: a power cut can leave zeros in it, or the end of an older one behind it.
+_LOCK = re.compile(rb"(pid \d+\n[0-9a-f\n]*)?\0*")
 _KNOWN_DIRECTORIES = {"model_config", "pytree"}
 _KNOWN_FILES = {
     "_CHECKPOINT_METADATA",
@@ -163,6 +164,10 @@ def remove_known(store: LocalStore, directory: str) -> list[str]:
     left: list[str] = []
     for name in sorted(store.list(directory), key=lambda name: name == orbax.LAYOUT_PATH):
         path = f"{directory}/{name}"
+        if name == orbax.LAYOUT_PATH:
+            # Without it a power cut can bring the other files back, and leave what nobody knows as
+            # a backup of ours.
+            store.sync_directory(directory)
         if _JUNK.fullmatch(name):
             left.append(path)
         elif store.is_directory(path):

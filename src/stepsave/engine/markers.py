@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stepsave.engine.known_files import COMMIT, PREVIOUS
 from stepsave.errors import CorruptBackupError
 from stepsave.format.marker import MARKER_LIMIT_BYTES, decode_marker
@@ -54,7 +56,10 @@ class Markers:
         found = {COMMIT: newest, PREVIOUS: kept}
         self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
         self.committed = newest[0] if isinstance(newest, tuple) and newest else None
-        self.kept = kept if isinstance(kept, tuple) else ()
+        kept = kept if isinstance(kept, tuple) else ()
+        # Both name one backup if a process died while it went back to an older one.
+        newest_step = math.inf if self.committed is None else self.committed.step
+        self.kept = tuple(record for record in kept if record.step < newest_step)
 
     def on_disk(self, name: str) -> tuple[BackupRecord, ...] | Claim | Problem:
         """What a marker says now; no backup if there is none."""
