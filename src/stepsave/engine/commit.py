@@ -269,7 +269,8 @@ class CommitProtocol(Markers):
 
     def delete_all(self) -> None:
         """Removes every backup, markers first, and nothing that stepsave did not write."""
-        for name in (COMMIT, PREVIOUS):
+        # The newest last: a deletion that is cut short must not leave an older one to go back to.
+        for name in (PREVIOUS, COMMIT):
             self._set_marker(name)
         self.committed, self.kept = None, ()
         self.problems.clear()

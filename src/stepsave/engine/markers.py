@@ -55,6 +55,11 @@ class Markers:
         self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
         self.committed = newest[0] if isinstance(newest, tuple) and newest else None
         self.kept = kept if isinstance(kept, tuple) else ()
+        if self.committed is not None:
+            # COMMIT is replaced first. After a fall back that was cut short there, PREVIOUS still
+            # names the newest too, and those that could not be read.
+            last = self.committed.step
+            self.kept = tuple(record for record in self.kept if record.step < last)
 
     def on_disk(self, name: str) -> tuple[BackupRecord, ...] | Claim | Problem:
         """What a marker says now; no backup if there is none."""
