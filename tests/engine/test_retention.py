@@ -1,5 +1,6 @@
 """Which backups stay, and the way back to one that is not the newest."""
 
+import itertools
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import stepsave
 from stepsave.engine.retention import Retention
 from stepsave.format.records import BackupRecord
+from stepsave.store.local import LocalStore
 
 
 def record_of(step):
@@ -206,3 +208,62 @@ def test_deleting_the_backup_removes_all_of_them(place):
     with stepsave.Checkpointer(place, keep=3) as saver:
         assert saver.restore() is None
         assert saver.kept == ()
+
+
+def test_a_fall_back_that_was_cut_short_has_no_backup_counted_twice(tmp_path, monkeypatch):
+    """COMMIT names the one that was fallen back to, and PREVIOUS names it too."""
+    with stepsave.Checkpointer(tmp_path, keep=3) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(step, state_of(step)).wait()
+    for step in (3, 4):
+        flip_bit(tmp_path / f"{step}/pytree/d/c/0", 50)
+    real = LocalStore.replace
+
+    def replace(self, path, data):
+        if path == "PREVIOUS":
+            raise OSError(5, "no more")
+        real(self, path, data)
+
+    with stepsave.Checkpointer(tmp_path, keep=3) as saver, monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "replace", replace)
+        with pytest.warns(UserWarning, match="step 4 .* cannot be read"):
+            assert saver.restore().step == 2
+        with pytest.raises(stepsave.SaveFailedError, match="no more"):
+            saver.save(5, state_of(5)).wait()
+    assert read_marker(tmp_path)["step"] == 2
+    assert read_marker(tmp_path, "PREVIOUS")["step"] == 3
+    with stepsave.Checkpointer(tmp_path, keep=3) as saver:
+        assert saver.restore().step == 2
+        assert [record.step for record in saver.kept] == [1]
+        saver.save(5, state_of(5)).wait()
+    with stepsave.Checkpointer(tmp_path, keep=3) as saver:
+        assert [record.step for record in saver.kept] == [2, 1]
+        for step in (1, 2, 5):
+            assert_is_state_of(saver.restore(step=step))
+
+
+@pytest.mark.parametrize("cut", range(5))
+def test_a_deletion_that_is_cut_short_leaves_the_newest_or_none(tmp_path, monkeypatch, cut):
+    """And never an older one, which a training that is started again would go back to."""
+    saver = stepsave.Checkpointer(tmp_path / "b", keep=2)
+    for step in (1, 2, 3):
+        saver.save(step, state_of(step)).wait()
+    real, calls = LocalStore.remove, itertools.count()
+
+    def remove(self, path):
+        if next(calls) == cut:
+            raise OSError(5, "no more")
+        real(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "remove", remove)
+        with pytest.raises(OSError, match="no more"):
+            saver.close(delete_backup=True)
+    backup = stepsave.restore(tmp_path / "b")
+    assert (backup and backup.step) == (3 if cut < 2 else None)
+    if backup is not None:
+        assert_is_state_of(backup)
+    with stepsave.Checkpointer(tmp_path / "b", keep=2) as saver:
+        saver.save(4, state_of(4)).wait()
+        saver.close(delete_backup=True)
+    assert not (tmp_path / "b").exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from stepsave.engine.known_files import COMMIT, PREVIOUS
 from stepsave.errors import CorruptBackupError
 from stepsave.format.marker import MARKER_LIMIT_BYTES, decode_marker
@@ -56,10 +54,12 @@ class Markers:
         found = {COMMIT: newest, PREVIOUS: kept}
         self.problems = {name: e for name, e in found.items() if isinstance(e, Exception)}
         self.committed = newest[0] if isinstance(newest, tuple) and newest else None
-        kept = kept if isinstance(kept, tuple) else ()
-        # Both name one backup if a process died while it went back to an older one.
-        newest_step = math.inf if self.committed is None else self.committed.step
-        self.kept = tuple(record for record in kept if record.step < newest_step)
+        self.kept = kept if isinstance(kept, tuple) else ()
+        if self.committed is not None:
+            # COMMIT is replaced first. After a fall back that was cut short there, PREVIOUS still
+            # names the newest too, and those that could not be read.
+            last = self.committed.step
+            self.kept = tuple(record for record in self.kept if record.step < last)
 
     def on_disk(self, name: str) -> tuple[BackupRecord, ...] | Claim | Problem:
         """What a marker says now; no backup if there is none."""
