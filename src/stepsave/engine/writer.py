@@ -20,7 +20,7 @@ from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.shard_writing import Shards
-from stepsave.errors import BackupDirectoryError, PeerError
+from stepsave.errors import BackupDirectoryError, PeerError, StepsaveError
 from stepsave.format.checksum import crc32c
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
@@ -172,6 +172,10 @@ class Writer:
             error.add_note(f"The other processes could not be told: {e}")
 
     def _abandon(self, error: BaseException) -> None:
+        try:
+            self._hold.check()
+        except StepsaveError:
+            return  # what lies there may be another's by now
         try:
             self._protocol.abandon()
         except BaseException as e:  # noqa: BLE001  as above
