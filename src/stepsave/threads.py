@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Generic, TypeVar, cast
 
 __all__ = ("Call", "Clock", "Crew", "Fate", "Latch", "is_running")
@@ -34,11 +33,10 @@ Task = Callable[[], object]
 """What a thread of a crew calls. It raises nothing: its errors are somebody's to keep."""
 
 
-def is_running(code: CodeType, owner: object) -> bool:
-    """Whether a method of an object is among those that called the caller."""
-    frame = sys._getframe(1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+def is_running(frame: FrameType | None, code: CodeType, name: str, value: object) -> bool:
+    """Whether a function is among a frame and its callers, with a local of that name and value."""
     while frame is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is owner:
+        if frame.f_code is code and frame.f_locals.get(name) is value:
             return True
         frame = frame.f_back
     return False

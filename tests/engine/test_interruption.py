@@ -13,30 +13,12 @@ import time
 import numpy as np
 import pytest
 from engine_support import assert_is_state_of, restore_once, state_of
-from interrupting import Interrupted, InterruptedAfter, interrupted_at_line
+from interrupting import Interrupted, InterruptedAfter, enumerate_lines
 
 import stepsave
 from stepsave.format.tree import flatten, unflatten
 
 PATIENCE_S = 60
-
-
-def enumerate_lines(make_body):
-    """Interrupts a body at each line of stepsave that it runs; returns how many those are.
-
-    Args:
-        make_body: Called before each time; returns what is interrupted, and what must hold then.
-    """
-    for number in range(1, 5000):
-        body, check = make_body()
-        try:
-            with interrupted_at_line(number) as countdown:
-                body()
-        except Interrupted:
-            check()
-        if countdown.raised_at is None:
-            return number - 1
-    raise AssertionError("no end of lines")
 
 
 def assert_works(saver, at_least):

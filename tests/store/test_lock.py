@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import subprocess
@@ -6,7 +7,11 @@ import sys
 import pytest
 from engine_support import check_python
 
-from stepsave.errors import BackupDirectoryError, DirectoryBusyError
+from stepsave.errors import (
+    BackupDirectoryError,
+    CheckpointerClosedError,
+    DirectoryBusyError,
+)
 from stepsave.store.lock import LOCK_NAME, DirectoryLock, find_holder
 
 HOLD = """
@@ -39,7 +44,11 @@ except DirectoryBusyError as e:
 def taken(directory):
     lock = DirectoryLock(directory)
     lock.reserve()
-    lock.acquire()
+    try:
+        lock.acquire()
+    except BackupDirectoryError:
+        lock.release()  # as one who opens does
+        raise
     return lock
 
 
@@ -139,6 +148,110 @@ def test_release_removes_the_file_only_when_asked(tmp_path):
     assert (tmp_path / LOCK_NAME).exists()
     taken(tmp_path).release(remove=True)
     assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_who_waited_for_a_lock_file_that_is_removed_takes_the_one_that_others_find(
+    tmp_path, monkeypatch
+):
+    """Or two would hold the directory: one a file without a name, one the next of that name."""
+    before = taken(tmp_path)
+    lock = DirectoryLock(tmp_path)
+    lock._place = "as in another process"
+    lock.reserve()
+    with monkeypatch.context() as patch:
+
+        def lockf(*arguments):  # by now the file is open
+            patch.setattr(fcntl, "lockf", real)
+            before.release(remove=True)
+            real(*arguments)
+
+        real = fcntl.lockf
+        patch.setattr(fcntl, "lockf", lockf)
+        lock.acquire()
+    try:
+        assert os.path.samestat(os.fstat(lock._fd), os.stat(tmp_path / LOCK_NAME))
+        assert f"pid {os.getpid()}" in check_python(TRY, tmp_path)
+    finally:
+        lock.release()
+
+
+def test_one_that_never_finds_its_file_gives_up(tmp_path, monkeypatch):
+    lock = DirectoryLock(tmp_path)
+    lock.reserve()
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (tmp_path / LOCK_NAME).unlink())
+    with pytest.raises(DirectoryBusyError, match="open this backup directory and delete it"):
+        lock.acquire()
+    lock.release()
+
+
+def test_the_directory_that_was_removed_with_its_lock_is_made_again(tmp_path):
+    directory = tmp_path / "backup"
+    lock = DirectoryLock(directory, directory.mkdir)
+    lock.reserve()
+    lock.acquire()
+    lock.check()
+    lock.release()
+    with pytest.raises(CheckpointerClosedError):
+        lock.check()
+
+
+SPOILT = {
+    "removed": lambda path: (path / LOCK_NAME).unlink(),
+    "replaced": lambda path: ((path / LOCK_NAME).unlink(), (path / LOCK_NAME).touch()),
+    "moved": lambda path: path.rename(path.with_name("elsewhere")),
+    "exchanged": lambda path: (path.rename(path.with_name("elsewhere")), path.mkdir()),
+    "become a file": lambda path: (path.rename(path.with_name("elsewhere")), path.touch()),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_lock_file_that_others_do_not_find_is_noticed(tmp_path, how):
+    directory = tmp_path / "backup"
+    directory.mkdir()
+    lock = taken(directory)
+    lock.check()
+    SPOILT[how](directory)
+    with pytest.raises(DirectoryBusyError, match="was removed or replaced"):
+        lock.check()
+    lock.release(remove=True)
+    assert (directory / LOCK_NAME).exists() == (how == "replaced"), "that is another's"
+
+
+STALE = {
+    "empty": b"",
+    "of a dead process": b"pid 4194305\n",
+    "of a live one": f"pid {os.getppid()}\n".encode(),  # whose number is that of another boot, say
+    "of the first": b"pid 1\n",
+    "garbage": bytes(range(256)) * 8,
+    "no number": b"pid \xff\n",
+}
+
+
+@pytest.mark.parametrize("content", STALE.values(), ids=STALE)
+def test_what_a_lock_file_says_keeps_nobody_out(tmp_path, content):
+    (tmp_path / LOCK_NAME).write_bytes(content)
+    assert find_holder(tmp_path) is None
+    lock = taken(tmp_path)
+    assert (tmp_path / LOCK_NAME).read_bytes() == f"pid {os.getpid()}\n{lock.nonce}\n".encode()
+    lock.release()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_in_place_of_the_lock_is_refused(tmp_path, make):
+    make(tmp_path / LOCK_NAME)
+    with pytest.raises(BackupDirectoryError, match=r"cannot open LOCK|something else than a file"):
+        taken(tmp_path)
+
+
+def test_a_stopped_process_holds_its_lock(tmp_path, holder):
+    holder.send_signal(signal.SIGSTOP)
+    os.waitpid(holder.pid, os.WUNTRACED)
+    with pytest.raises(DirectoryBusyError, match=f"pid {holder.pid}"):
+        taken(tmp_path)
+    holder.send_signal(signal.SIGCONT)
+    holder.kill()
+    holder.wait(60)
+    taken(tmp_path).release()
 
 
 def test_one_who_looks_is_told_who_holds_a_directory(tmp_path, holder):

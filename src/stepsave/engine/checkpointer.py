@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import time
 import warnings
@@ -23,9 +24,10 @@ from stepsave.engine.outcomes import Outcomes
 from stepsave.engine.reader import StoredBackup
 from stepsave.engine.retention import Retention
 from stepsave.engine.saves import SaveHandle, SaveLog
+from stepsave.engine.turns import Turns
 from stepsave.engine.writer import SaveRequest, WriterKind, start_threads
 from stepsave.errors import NestedCallError, StepsaveError
-from stepsave.format.records import Backup, BackupRecord
+from stepsave.format.records import Backup
 from stepsave.format.tree import flatten_state
 from stepsave.snapshot.capture import Capture
 from stepsave.snapshot.leaves import describe_all, open_leaf
@@ -41,7 +43,7 @@ WhenBusy = Literal["wait", "skip"]
 class Checkpointer(Outcomes):
     """Saves the state of a training in the background and restores the last durable one.
 
-    A directory belongs to one checkpointer at a time. Methods are called from one thread.
+    A directory belongs to one checkpointer at a time. Calls from several threads take turns.
 
     Example:
         ```python
@@ -101,6 +103,7 @@ class Checkpointer(Outcomes):
         self._store = place.store
         lanes = place.lanes if writer_threads is None else check_threads(writer_threads)
         self._log = SaveLog()
+        self._turns = Turns()
         self._unfinished: SaveHandle | None = None
         self._close_error: BaseException | None = None
         self._structure = StructureText()
@@ -124,31 +127,10 @@ class Checkpointer(Outcomes):
         """The backup directory, absolute; or the URL."""
         return str(self._store.root)
 
-    @property
-    def committed(self) -> BackupRecord | None:
-        """The newest valid backup; waits for saves in flight."""
-        self.drain()
-        return self._directory.committed
-
-    @property
-    def previous(self) -> BackupRecord | None:
-        """The backup before it, if one is kept; waits likewise."""
-        kept = self.kept
-        return kept[0] if kept else None
-
-    @property
-    def kept(self) -> tuple[BackupRecord, ...]:
-        """The backups before it that are kept, newest first; waits likewise."""
-        self.drain()
-        return self._directory.kept
-
-    @property
-    def closed(self) -> bool:
-        return self._directory.is_released
-
     def attach(self, items: Mapping[str, Mapping[str, str]]) -> None:
         """Sets Orbax checkpointables, dicts of strings, to store beside the state from now on."""
-        self._capture.attach(items)
+        with self._turns.take(self):
+            self._capture.attach(items)
 
     def prepare(self, state: Any) -> None:
         """Does ahead what the first save of such a state would do, mostly in the background.
@@ -164,8 +146,9 @@ class Checkpointer(Outcomes):
 
     def prepare_leaves(self, paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> None:
         """`prepare`, for a state that is flat already."""
-        if self._directory.saves_here:
-            self._capture.prepare(paths, leaves)
+        with self._turns.take(self):
+            if self._directory.saves_here:
+                self._capture.prepare(paths, leaves)
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Copies the state and returns; background threads make it durable.
@@ -185,12 +168,13 @@ class Checkpointer(Outcomes):
             BackupDirectoryError, CheckpointerClosedError: If it is read only, or closed.
         """
         began_s = time.perf_counter()
-        self._check_usable()
-        flat = flatten_state(state, open_leaf)
-        structure = self._structure.encode(flat.notes)
-        return self.save_leaves(
-            step, flat.paths, flat.leaves, metadata, began_s=began_s, structure=structure
-        )
+        with self._turns.take(self):
+            self._check_usable()
+            flat = flatten_state(state, open_leaf)
+            structure = self._structure.encode(flat.notes)
+            return self.save_leaves(
+                step, flat.paths, flat.leaves, metadata, began_s=began_s, structure=structure
+            )
 
     def save_leaves(
         self,
@@ -208,33 +192,35 @@ class Checkpointer(Outcomes):
         began, by `time.perf_counter`; `structure` what paths cannot say, as JSON.
         """
         began_s = time.perf_counter() if began_s is None else began_s
-        self._check_usable()
-        self._directory.check_writable()
-        self._log.raise_failed(but_for_outages=True)
-        step = check_step(step, self._last_step, self.directory)
-        training = encode_training(step, metadata, structure)
-        handle = SaveHandle(step, began_s)
-        if not self._directory.saves_here:
-            describe_all(paths, leaves)  # what process 0 refuses, all refuse
-            self._last_step = handle.leave()
+        with self._turns.take(self):
+            self._check_usable()
+            self._directory.check_writable()
+            self._log.raise_failed(but_for_outages=True)
+            step = check_step(step, self._last_step, self.directory)
+            training = encode_training(step, metadata, structure)
+            handle = SaveHandle(step, began_s)
+            if not self._directory.saves_here:
+                describe_all(paths, leaves)  # what process 0 refuses, all refuse
+                self._last_step = handle.leave()
+                return handle
+            # Interrupted from here on, the save is left behind, and the next call settles it.
+            self._unfinished = handle
+            block = self._when_busy == "wait"
+            snapshot = self._capture.take(paths, leaves, handle.claim, block=block)
+            if snapshot is None:
+                handle.skip()
+                self._keeper.put(functools.partial(self._directory.pass_over, step))
+            else:
+                handle.bytes = snapshot.share.plan.state_bytes
+                request = SaveRequest(snapshot, handle, training)
+                # The step by which the save happens: before it nobody writes, afterwards
+                # somebody does.
+                self._keeper.put(functools.partial(self._directory.write, request))
+                self._last_step = handle.step
+                self._log.add(handle)
+            self._unfinished = None
+            self._log.add_cost(handle)
             return handle
-        # Interrupted from here on, the save is left behind, and the next call settles it.
-        self._unfinished = handle
-        block = self._when_busy == "wait"
-        snapshot = self._capture.take(paths, leaves, handle.claim, block=block)
-        if snapshot is None:
-            handle.skip()
-            self._keeper.put(functools.partial(self._directory.pass_over, step))
-        else:
-            handle.bytes = snapshot.share.plan.state_bytes
-            request = SaveRequest(snapshot, handle, training)
-            # The step by which the save happens: before it nobody writes, after it somebody does.
-            self._keeper.put(functools.partial(self._directory.write, request))
-            self._last_step = handle.step
-            self._log.add(handle)
-        self._unfinished = None
-        self._log.add_cost(handle)
-        return handle
 
     def restore(
         self, *, like: Any = None, step: int | None = None, arrays: ArrayKind = "numpy"
@@ -277,23 +263,25 @@ class Checkpointer(Outcomes):
 
         Of those of which not all is needed, only that can be had.
         """
-        self._check_usable()
-        found, lost = self._keeper.call(functools.partial(self._directory.restore, needs, step))
-        if lost:
-            warnings.warn(lost, stacklevel=3)
-        if step is None:
-            self._last_step = -1 if found is None else found.step
-        if found is not None and self._directory.saves_here:
-            self._capture.take_over(found.pages)
-        return found
+        with self._turns.take(self):
+            self._check_usable()
+            found, lost = self._keeper.call(functools.partial(self._directory.restore, needs, step))
+            if lost:
+                warnings.warn(lost, stacklevel=3)
+            if step is None:
+                self._last_step = -1 if found is None else found.step
+            if found is not None and self._directory.saves_here:
+                self._capture.take_over(found.pages)
+            return found
 
     def free_device_memory(self) -> None:
         """Gives up the copy of the state in device memory until the next save.
 
         Waits until the last state is on the host, not until it is durable.
         """
-        self._check_usable()
-        self._capture.free_device_memory()
+        with self._turns.take(self):
+            self._check_usable()
+            self._capture.free_device_memory()
 
     def upload(self) -> None:
         """Brings the newest backup into the bucket too, if there are both (`local_dir=`).
@@ -315,17 +303,18 @@ class Checkpointer(Outcomes):
         Raises:
             SaveFailedError: If a save failed and nobody was told yet.
         """
-        if not self._directory.is_held:  # closed already; or the parent's of a forked child
-            self._directory.release()
-            return
-        self._settle()
-        # Closing goes on if its caller is interrupted.
-        self._keeper.call(lambda: self._shut(delete_backup=delete_backup, ended=ended))
-        self._keeper.join()
-        self._helpers.join()
-        if self._close_error is not None:
-            raise self._close_error
-        self.raise_failed()
+        with self._turns.take(self):
+            if not self._directory.is_held:  # closed already; or the parent's of a forked child
+                self._directory.release()
+                return
+            self._settle()
+            # Closing goes on if its caller is interrupted.
+            self._keeper.call(lambda: self._shut(delete_backup=delete_backup, ended=ended))
+            self._keeper.join()
+            self._helpers.join()
+            if self._close_error is not None:
+                raise self._close_error
+            self.raise_failed()
 
     def _shut(self, *, delete_backup: bool = False, ended: bool = False) -> None:
         """Ends everything; saves in flight come before it in the keeper's queue."""
@@ -371,13 +360,19 @@ class Checkpointer(Outcomes):
 
     def _settle(self) -> None:
         """Settles a save whose call was interrupted: it has happened, or it never will."""
+        if self._unfinished is not None:
+            with self._turns.take(self):  # that of another thread has ended by then
+                self._settle_unfinished()
+
+    def _settle_unfinished(self) -> None:
         handle = self._unfinished
         if handle is None:
             return
-        if is_running(_SAVE, self):
+        if is_running(inspect.currentframe(), _SAVE, "handle", handle):
             raise NestedCallError(
-                f"{self._store.root}: a checkpointer was used by a signal handler in the midst of "
-                "its own `save`. Have the handler note the signal, and act on it between two steps."
+                f"{self._store.root}: a checkpointer was used by a signal handler in the midst "
+                "of its own `save`. Have the handler note the signal, and act on it between "
+                "two steps."
             )
         # One that is in the log was handed over, and is not to be taken back.
         if handle in self._log or not handle.claim.drop():

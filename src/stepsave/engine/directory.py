@@ -102,6 +102,7 @@ class BackupDirectory:
             self._helpers,
             direct=direct,
             lanes=lanes,
+            hold=self._lock,
             leading=self._leading,
         )
         return -1 if self.committed is None else self.committed.step
@@ -155,6 +156,7 @@ class BackupDirectory:
         self, needs: Needs | None = None, step: int | None = None
     ) -> tuple[StoredBackup | None, str]:
         """Reads the newest backup, with other processes if there are any; see `restore_newest`."""
+        self.check_held()  # a closing whose call was interrupted may have come before
 
         def read_own(record: BackupRecord) -> StoredBackup:
             return read_backup(self._store, record, self._helpers, needs)
@@ -177,10 +179,12 @@ class BackupDirectory:
 
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""
+        self._lock.check()
         self.protocol.mark_ended()
 
     def delete_backup(self) -> None:
         """Removes every backup, and nothing that stepsave did not write."""
+        self._lock.check()
         self.protocol.delete_all()
 
     def release(self, *, remove: bool = False) -> None:

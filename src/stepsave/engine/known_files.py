@@ -144,7 +144,10 @@ def kind_of(store: LocalStore, name: str) -> Kind:
     is_ours, kind = False, Kind.BACKUP
     if name == LOCK_NAME:
         kind = Kind.LOCK
-        is_ours = _LOCK.fullmatch(store.read(name, LOCK_LIMIT_BYTES)) is not None
+        try:
+            is_ours = _LOCK.fullmatch(store.read(name, LOCK_LIMIT_BYTES)) is not None
+        except FileNotFoundError:
+            return Kind.GONE
     elif not store.is_directory(name):
         kind = Kind.GONE  # this moment, by the process that owns it
         is_ours = not store.exists(name)

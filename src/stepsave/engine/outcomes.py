@@ -8,7 +8,7 @@ from stepsave.engine.opening import Directory
 from stepsave.engine.report import SaveReport
 from stepsave.engine.saves import SaveLog
 from stepsave.engine.step_times import StepSummary
-from stepsave.format.records import SaveStats
+from stepsave.format.records import BackupRecord, SaveStats
 from stepsave.snapshot.capture import Capture
 
 __all__ = ("Outcomes",)
@@ -24,6 +24,28 @@ class Outcomes(abc.ABC):
     @abc.abstractmethod
     def _settle(self) -> None:
         """Settles a save whose call was interrupted."""
+
+    @property
+    def committed(self) -> BackupRecord | None:
+        """The newest valid backup; waits for saves in flight."""
+        self.drain()
+        return self._directory.committed
+
+    @property
+    def previous(self) -> BackupRecord | None:
+        """The backup before it, if one is kept; waits likewise."""
+        kept = self.kept
+        return kept[0] if kept else None
+
+    @property
+    def kept(self) -> tuple[BackupRecord, ...]:
+        """The backups before it that are kept, newest first; waits likewise."""
+        self.drain()
+        return self._directory.kept
+
+    @property
+    def closed(self) -> bool:
+        return self._directory.is_released
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when every save so far is durable.

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 import warnings
 
 from stepsave.engine.timeline import Course, Timeline
-from stepsave.errors import BucketError, PeerError, SaveFailedError, SaveFailedWarning
+from stepsave.errors import (
+    BucketError,
+    DirectoryBusyError,
+    PeerError,
+    SaveFailedError,
+    SaveFailedWarning,
+)
 from stepsave.format.records import SaveStats
 from stepsave.snapshot.arena import Claim
 from stepsave.threads import Clock, Latch
@@ -47,6 +54,7 @@ class SaveHandle:
         self._error: BaseException | None = None
         self._ended = Latch()
         self._is_told = False
+        self._pid = os.getpid()
 
     def skip(self) -> None:
         """Says that nothing is saved."""
@@ -95,7 +103,16 @@ class SaveHandle:
         self.raise_error()
 
     def wait_ended(self, timeout_s: float | None) -> bool:
-        """Waits until the save has ended, well or badly; tells whether it has."""
+        """Waits until the save has ended, well or badly; tells whether it has.
+
+        Raises:
+            DirectoryBusyError: If nobody can say so: in a forked child, which has no such thread.
+        """
+        if not self._ended.is_open and os.getpid() != self._pid:
+            raise DirectoryBusyError(
+                f"The save of step {self.step} is made by the parent of this forked process, where "
+                "alone its end is known. Wait for it there."
+            )
         return self._ended.wait(timeout_s)
 
     @property
@@ -148,18 +165,19 @@ class SaveLog:
     """
 
     def __init__(self) -> None:
-        self._open: list[SaveHandle] = []  # in flight, or failed and nobody was told
+        # In flight, or failed and nobody was told. Changed in single steps, by several threads.
+        self._open: dict[SaveHandle, None] = {}
         self.last_failed = False
         self.timeline = Timeline()
         self.clocks: list[Clock] = []  # of the threads that work for it
         # Of backups that are uploaded: what nobody was told yet, and which one is there since when.
-        self._failed_uploads: list[tuple[int, BaseException]] = []
+        self._failed_uploads: dict[tuple[int, BaseException], None] = {}
         self._uploaded: tuple[int, float] | None = None
 
     @property
     def in_flight(self) -> list[SaveHandle]:
         """The saves that have not ended, oldest first."""
-        return [handle for handle in self._open if not handle.done]
+        return [handle for handle in list(self._open) if not handle.done]
 
     def __contains__(self, handle: SaveHandle) -> bool:
         return handle in self._open
@@ -167,7 +185,7 @@ class SaveLog:
     def add(self, handle: SaveHandle) -> None:
         """Takes note of a save that was begun; a second time changes nothing."""
         if handle not in self._open:
-            self._open.append(handle)
+            self._open[handle] = None
             handle.course.state_bytes = handle.bytes
             self.timeline.begin(handle.course)
 
@@ -199,7 +217,7 @@ class SaveLog:
             TimeoutError: If they have not ended within `timeout_s` seconds altogether.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        for handle in self._open:
+        for handle in list(self._open):
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             if not handle.wait_ended(left_s):
                 raise _too_late(handle.step, timeout_s)
@@ -210,15 +228,15 @@ class SaveLog:
         Args:
             but_for_outages: Whether to warn only, if a bucket or another process was out of reach.
         """
-        if self._open:
-            self._open = [handle for handle in self._open if not handle.is_settled]
-        for handle in self._open:
-            if handle.done and but_for_outages:
+        for handle in list(self._open):
+            if handle.is_settled:
+                self._open.pop(handle, None)
+            elif handle.done and but_for_outages:
                 handle.tell_error()
             elif handle.done:
                 handle.raise_error()
-        while self._failed_uploads:
-            self._tell_upload(*self._failed_uploads[0], warns=but_for_outages)
+        for failed in list(self._failed_uploads):
+            self._tell_upload(*failed, warns=but_for_outages)
 
     def note_upload(self, step: int, saved_at_s: float) -> None:
         """For the thread that uploads: a backup is in the bucket, saved then."""
@@ -226,7 +244,7 @@ class SaveLog:
 
     def note_failed_upload(self, step: int, error: BaseException) -> None:
         """For the same: it could not be brought there."""
-        self._failed_uploads.append((step, error))
+        self._failed_uploads[step, error] = None
 
     def _tell_upload(self, step: int, error: BaseException, *, warns: bool) -> None:
         there = "none" if self._uploaded is None else f"that of step {self._uploaded[0]}"
@@ -238,9 +256,9 @@ class SaveLog:
             _raise_or_warn(text, error, warns=warns)
         except (SaveFailedError, SaveFailedWarning):
             # Told once it is raised, and not before: interrupted here, it is told again.
-            self._failed_uploads.pop(0)
+            self._failed_uploads.pop((step, error), None)
             raise
-        self._failed_uploads.pop(0)
+        self._failed_uploads.pop((step, error), None)
 
     def stats(self, *, arena_count: int, arena_bytes: int, writer: str) -> SaveStats:
         """Sums up; medians are over the last thousand saves."""

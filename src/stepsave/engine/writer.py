@@ -20,12 +20,12 @@ from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.engine.commit import CommitProtocol
 from stepsave.engine.saves import SaveHandle, SaveLog
 from stepsave.engine.shard_writing import Shards
-from stepsave.errors import BackupDirectoryError, PeerError
+from stepsave.errors import BackupDirectoryError, PeerError, StepsaveError
 from stepsave.format.checksum import crc32c
 from stepsave.snapshot.arena import copy_thread_count
 from stepsave.snapshot.capture import Snapshot
 from stepsave.store.bucket import BucketStore
-from stepsave.store.lock import READ_ONLY_ADVICE
+from stepsave.store.lock import READ_ONLY_ADVICE, ProcessHold
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
@@ -101,9 +101,11 @@ class Writer:
         *,
         direct: bool,
         lanes: int,
+        hold: ProcessHold,
         leading: Leading | None = None,
     ) -> None:
         self._protocol = protocol
+        self._hold = hold
         self._leading = leading
         self._log = log
         self._shards = Shards(store, helpers, direct=direct, lanes=lanes)
@@ -131,6 +133,7 @@ class Writer:
         snapshot, handle, training = request.snapshot, request.handle, request.training
         blueprint, share = snapshot.blueprint, snapshot.share
         try:
+            self._hold.check()
             directory = self._protocol.begin(blueprint, handle.step)
             written = self._protocol.take_written(blueprint.plan, share.shards)
             if self._leading is not None:
@@ -148,6 +151,7 @@ class Writer:
         report = Report(blueprint.layout_crc32c, digests, ())
         if self._leading is not None:
             report = self._leading.gather(report, handle.bytes)
+        self._hold.check()  # what follows takes the place of what is valid
         record = self._protocol.seal(
             blueprint, handle.step, training, report.digests, held.now, report.files
         )
@@ -168,6 +172,10 @@ class Writer:
             error.add_note(f"The other processes could not be told: {e}")
 
     def _abandon(self, error: BaseException) -> None:
+        try:
+            self._hold.check()
+        except StepsaveError:
+            return  # what lies there may be another's by now
         try:
             self._protocol.abandon()
         except BaseException as e:  # noqa: BLE001  as above

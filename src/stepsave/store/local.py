@@ -46,7 +46,7 @@ class LocalStore:
 
     def make_hold(self) -> DirectoryLock:
         """Returns what keeps all others away."""
-        return DirectoryLock(self.root)
+        return DirectoryLock(self.root, self.create)
 
     def create(self) -> None:
         """Makes the directory with its parents, durably.
@@ -69,7 +69,9 @@ class LocalStore:
                 f"{self.root}: cannot create the backup directory: {e.strerror or e}. Choose "
                 "a directory on a writable file system."
             ) from e
-        if not self.root.is_dir():
+        with contextlib.suppress(FileNotFoundError):  # removed just now, by another who held it
+            if stat.S_ISDIR(os.stat(self.root).st_mode):
+                return
             raise BackupDirectoryError(
                 f"{self.root}: expected a directory, found a file. Choose another `backup_dir` "
                 "or move the file away."
