@@ -193,6 +193,45 @@ def test_when_both_backups_are_spoiled_both_are_named_and_kept(tmp_path):
     assert {**tree_bytes(tmp_path), "LOCK": None} == {**before, "LOCK": None}
 
 
+@pytest.mark.parametrize("link", ["spare/pytree/d/c", "spare/pytree", "5/pytree/d/c", "5/pytree"])
+def test_nothing_is_written_where_a_link_leads_to(backup, tmp_path_factory, link):
+    """Not by a save into what is left of an older backup, which may have come from elsewhere."""
+    outside = tmp_path_factory.mktemp("outside") / "there"
+    if link.startswith("spare"):
+        shutil.copytree(backup / "5", backup / "spare")
+    os.rename(backup / link, outside)
+    (backup / link).symlink_to(outside)
+    before = tree_bytes(outside)
+    save_more(backup)
+    assert tree_bytes(outside) == before
+
+
+def test_a_copy_by_hard_links_stays_as_it_was(backup, tmp_path_factory):
+    """As `cp -al` makes it, and programs that keep many generations of a directory."""
+    copies = [tmp_path_factory.mktemp("copy") / "there" for _ in range(2)]
+    shutil.copytree(backup, copies[0], copy_function=os.link)
+    with stepsave.Checkpointer(backup) as saver:
+        saver.save(6, OTHER).wait()
+        shutil.copytree(backup, copies[1], copy_function=os.link)  # with what is spare
+        before = list(map(tree_bytes, copies))
+        saver.save(7, STATE).wait()
+    save_more(backup)
+    for copy, expected in zip(copies, before, strict=True):
+        assert {**tree_bytes(copy), "LOCK": None} == {**expected, "LOCK": None}
+    for copy, state in zip(copies, (STATE, OTHER), strict=True):
+        assert_same_bits(stepsave.restore(copy).state, state)
+
+
+OTHER = {**STATE, "a": STATE["a"][::-1].copy()}
+
+
+def save_more(directory):
+    with stepsave.Checkpointer(directory) as saver:
+        for step in (16, 17, 18):
+            saver.save(step, OTHER).wait()
+    assert_same_bits(restore_once(directory).state, OTHER)
+
+
 def test_nothing_in_the_source_could_execute_a_backup():
     modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
     files = list(Path(stepsave.__file__).parent.rglob("*.py"))

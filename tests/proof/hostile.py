@@ -115,6 +115,12 @@ class Text:
         return encoded.replace(self.old, self.new, 1)
 
 
+def shape(leaf, *sizes):
+    """A change of an array of one chunk."""
+    chunk_shape = [size or 1 for size in sizes]
+    return lambda d: d["leaves"][leaf].update(shape=list(sizes), chunk_shape=chunk_shape)
+
+
 def nested_tuples(document):
     value = 1
     for _ in range(280):
@@ -211,16 +217,12 @@ CHANGES = {
         "chunk across shards": at("leaves", 1, "offsets", to=[4096 - 8]),
         "one offset too many": at(*LEAF, "offsets", to=[0, 64]),
         "offsets are text": at(*LEAF, "offsets", to="0"),
-        "huge shape": lambda d: d["leaves"][0].update(shape=[HUGE, 1], chunk_shape=[HUGE, 1]),
-        "shape that overflows": lambda d: d["leaves"][0].update(
-            shape=[1 << 32, 1 << 32], chunk_shape=[1 << 32, 1 << 32]
-        ),
-        "larger than its place": lambda d: d["leaves"][0].update(shape=[99, 9], chunk_shape=[99, 9]),
+        "huge shape": shape(0, HUGE, 1),
+        "shape that overflows": shape(0, 1 << 32, 1 << 32),
+        "larger than its place": shape(0, 400, 20),
         "negative shape": lambda d: d["leaves"][0].update(shape=[-40, -20], chunk_shape=[40, 20]),
-        "empty but huge": lambda d: d["leaves"][3].update(
-            shape=[0, HUGE, HUGE], chunk_shape=[1, HUGE, HUGE]
-        ),
-        "many axes": lambda d: d["leaves"][2].update(shape=[1] * 65, chunk_shape=[1] * 65),
+        "empty but huge": shape(3, 0, HUGE, HUGE),
+        "many axes": shape(2, *[1] * 65),
         "chunks of nothing": at(*LEAF, "chunk_shape", to=[0, 20]),
         "chunks that are no runs": lambda d: d["leaves"][0].update(
             chunk_shape=[40, 10], offsets=[0, 1664]
