@@ -86,67 +86,6 @@ def test_a_marker_with_something_after_it_is_refused(backup):
     assert_refused(backup, "COMMIT")
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["layout.json", "training.json", "pytree/d/index", "pytree/manifest.ocdbt", "pytree/_METADATA"],
-)
-def test_every_file_is_proved(backup, path):
-    file = backup / "5" / path
-    data = file.read_bytes()
-    for length in sorted({0, 1, len(data) // 2, len(data) - 1}):
-        file.write_bytes(data[:length])
-        assert_refused(backup, f"5/{path}", match=f"expected {len(data)} bytes, found {length}")
-    file.write_bytes(data + b"\n")
-    assert_refused(backup, f"5/{path}")
-    file.write_bytes(data)
-    for at in np.linspace(0, len(data) - 1, 15, dtype=int):
-        flip_bit(file, at, bit=int(at) % 8)
-        assert_refused(backup, f"5/{path}", match=r": expected CRC-32C \w+, found")
-        flip_bit(file, at, bit=int(at) % 8)
-    file.unlink()
-    assert_refused(backup, f"5/{path}", match="no such file")
-    file.write_bytes(data)
-    assert_same_bits(restore_once(backup).state, STATE)
-
-
-def test_every_shard_is_proved(backup):
-    for number in os.listdir(backup / "5/pytree/d/c"):
-        path = f"5/pytree/d/c/{number}"
-        data = (backup / path).read_bytes()
-        for length in (0, 4096, len(data) - 1):
-            (backup / path).write_bytes(data[:length])
-            assert_refused(backup, path, match=f"expected {len(data)} bytes")
-        (backup / path).write_bytes(data + b"\0")
-        assert_refused(backup, path, match=f"expected {len(data)} bytes")
-        (backup / path).unlink()
-        assert_refused(backup, path, match="no such file")
-        (backup / path).write_bytes(bytes(len(data)))
-        assert_refused(backup, path, match=r"bytes \d+ to \d+\): expected CRC-32C \w+, found")
-        (backup / path).write_bytes(data)
-    assert_same_bits(restore_once(backup).state, STATE)
-
-
-def test_swapped_shards_are_refused(backup):
-    shards = backup / "5/pytree/d/c"
-    os.rename(shards / "0", shards / "x")
-    os.rename(shards / "1", shards / "0")
-    os.rename(shards / "x", shards / "1")
-    assert_refused(backup, "5/pytree/d/c")
-
-
-@pytest.mark.usefixtures("small_shards")
-def test_a_shard_of_another_save_is_refused(tmp_path):
-    """Each of its chunks proves itself; the marker knows better."""
-    for name, value in (("one", 1.0), ("two", 2.0)):
-        save_once(tmp_path / name, {"a": np.full((90, 200), value)}, step=5)
-    for number in ("0", "1"):
-        path = f"5/pytree/d/c/{number}"
-        data = (tmp_path / "one" / path).read_bytes()
-        (tmp_path / "one" / path).write_bytes((tmp_path / "two" / path).read_bytes())
-        assert_refused(tmp_path / "one", path, match="another save")
-        (tmp_path / "one" / path).write_bytes(data)
-
-
 @pytest.mark.parametrize("path", ["COMMIT", "5/layout.json", "5/training.json", "5/pytree/d/c/0"])
 @pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
 def test_only_regular_files_are_taken(backup, path, kind):
@@ -169,44 +108,12 @@ def change_marker(directory, change, version=1):
     write_marker(directory, document if changed is None else changed, version)
 
 
-MARKERS = {
-    "directory above": lambda d: d.update(directory=".."),
-    "absolute directory": lambda d: d.update(directory="/"),
-    "directory of another step": lambda d: d.update(directory="6"),
-    "path above": lambda d: d["files"][0].__setitem__(0, "../../secret"),
-    "absolute path": lambda d: d["files"][0].__setitem__(0, "/etc/hostname"),
-    "path with a null": lambda d: d["files"][0].__setitem__(0, "a\0b"),
-    "path is a list": lambda d: d["files"].__setitem__(0, [["a"], [], {}]),
-    "file of three": lambda d: d["files"].__setitem__(0, ["layout.json", 3]),
-    "step is text": lambda d: d.update(step="five"),
-    "step is null": lambda d: d.update(step=None),
-    "step is infinite": lambda d: d.update(step=float("inf")),
-    "step is below zero": lambda d: d.update(step=-5, directory="-5"),
-    "no files": lambda d: {key: d[key] for key in d if key != "files"},
-    "files are a number": lambda d: d.update(files=7),
-    "digests are null": lambda d: d.update(shard_digests=None),
-    "a list": lambda _: [],
-    "a number": lambda _: 7,
-    "huge numbers": lambda _: ("1" * 5000).encode(),
-    "deep nesting": lambda _: b"[" * 100_000,
-    "no text": lambda _: b"\xff\xfe",
-    "nothing": lambda _: b"null",
-}
-
-
-@pytest.mark.parametrize("name", MARKERS)
-def test_a_marker_that_proves_itself_is_still_not_trusted(backup, name):
-    change_marker(backup, MARKERS[name])
-    assert_refused(backup, "COMMIT")
-
-
 BEYOND = {
     "fewer files": (lambda d: d.update(files=d["files"][:2]), "5"),
     "fewer shards": (lambda d: d.update(shard_digests=d["shard_digests"][:-1]), "5/layout.json"),
     "more shards": (lambda d: d["shard_digests"].append(7), "5/layout.json"),
     "another size of shards": (lambda d: d.update(shard_bytes=1 << 62), "5/layout.json"),
-    "negative size of shards": (lambda d: d.update(shard_bytes=-1), "5/layout.json"),
-    "huge file": (lambda d: d["files"][0].__setitem__(1, 1 << 70), "5"),
+    "large file": (lambda d: d["files"][0].__setitem__(1, 1 << 30), "5"),
     "step that is not there": (lambda d: d.update(step=6, directory="6"), "6"),
 }
 
@@ -237,53 +144,10 @@ def test_a_marker_beyond_the_limit_is_not_read(backup):
         restore_once(backup)
 
 
-def leaf_change(number, **fields):
-    return lambda d: d["leaves"][number].update(fields)
-
-
-LAYOUTS = {
-    "future format": lambda d: d.update(format=3),
-    "unknown dtype": leaf_change(0, dtype="object"),
-    "code for a dtype": leaf_change(0, dtype="O,i4"),
-    "overlapping chunks": leaf_change(1, offsets=[0]),
-    "chunk outside": leaf_change(1, offsets=[1 << 62]),
-    "negative offset": leaf_change(1, offsets=[-64]),
-    "huge shape": leaf_change(1, shape=[1 << 62], chunk_shape=[1 << 62]),
-    "larger than it is": leaf_change(1, shape=[1 << 16], chunk_shape=[1 << 16]),
-    "shape NumPy cannot make": leaf_change(1, shape=[0, 1 << 62, 1 << 62], offsets=[]),
-    "other chunks": leaf_change(0, chunk_shape=[1, 200]),
-    "another number of shards": lambda d: d.update(shard_count=1),
-    "a path that is a parent of another": leaf_change(1, path=["a", "b"]),
-    "no path": leaf_change(1, path=[]),
-    "not a dict": lambda _: [1],
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_that_is_proved_is_still_not_trusted(backup, name):
-    change_json(backup, "layout.json", LAYOUTS[name])
-    assert_refused(backup, "")
-
-
 def test_a_layout_that_moves_a_leaf_is_refused(backup):
     """The bytes there are proved as another chunk, or not at all."""
     change_json(backup, "layout.json", lambda d: d["leaves"][1]["offsets"].__setitem__(0, 40_000))
     assert_refused(backup, "")
-
-
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b"{", b'{"metadata": 1', b"7"])
-def test_a_position_that_is_proved_is_still_not_trusted(backup, data):
-    replace_proved(backup, "training.json", data)
-    assert_refused(backup, "")
-
-
-def test_a_huge_claim_costs_no_memory(backup):
-    import resource
-
-    change_json(backup, "layout.json", leaf_change(1, shape=[1 << 40], chunk_shape=[1 << 40]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_refused(backup, "")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -327,6 +191,45 @@ def test_when_both_backups_are_spoiled_both_are_named_and_kept(tmp_path):
         restore_once(tmp_path, double_checkpoint=True)
     assert any(str(tmp_path / "1") in note for note in caught.value.__notes__)
     assert {**tree_bytes(tmp_path), "LOCK": None} == {**before, "LOCK": None}
+
+
+@pytest.mark.parametrize("link", ["spare/pytree/d/c", "spare/pytree", "5/pytree/d/c", "5/pytree"])
+def test_nothing_is_written_where_a_link_leads_to(backup, tmp_path_factory, link):
+    """Not by a save into what is left of an older backup, which may have come from elsewhere."""
+    outside = tmp_path_factory.mktemp("outside") / "there"
+    if link.startswith("spare"):
+        shutil.copytree(backup / "5", backup / "spare")
+    os.rename(backup / link, outside)
+    (backup / link).symlink_to(outside)
+    before = tree_bytes(outside)
+    save_more(backup)
+    assert tree_bytes(outside) == before
+
+
+def test_a_copy_by_hard_links_stays_as_it_was(backup, tmp_path_factory):
+    """As `cp -al` makes it, and programs that keep many generations of a directory."""
+    copies = [tmp_path_factory.mktemp("copy") / "there" for _ in range(2)]
+    shutil.copytree(backup, copies[0], copy_function=os.link)
+    with stepsave.Checkpointer(backup) as saver:
+        saver.save(6, OTHER).wait()
+        shutil.copytree(backup, copies[1], copy_function=os.link)  # with what is spare
+        before = list(map(tree_bytes, copies))
+        saver.save(7, STATE).wait()
+    save_more(backup)
+    for copy, expected in zip(copies, before, strict=True):
+        assert {**tree_bytes(copy), "LOCK": None} == {**expected, "LOCK": None}
+    for copy, state in zip(copies, (STATE, OTHER), strict=True):
+        assert_same_bits(stepsave.restore(copy).state, state)
+
+
+OTHER = {**STATE, "a": STATE["a"][::-1].copy()}
+
+
+def save_more(directory):
+    with stepsave.Checkpointer(directory) as saver:
+        for step in (16, 17, 18):
+            saver.save(step, OTHER).wait()
+    assert_same_bits(restore_once(directory).state, OTHER)
 
 
 def test_nothing_in_the_source_could_execute_a_backup():

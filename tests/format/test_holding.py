@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from layout_support import chunk_limit, limits, spread_leaves
 
-from stepsave.errors import CorruptBackupError
+from stepsave.errors import CorruptBackupError, FormatVersionError
 from stepsave.format.holding import (
     Holding,
     decode_holding,
@@ -102,7 +102,8 @@ def test_what_is_kept_says_what_of(case):
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 0},
+        {"format": "1"},
         {"process": 2},
         {"process": -1},
         {"process": "0"},
@@ -118,7 +119,7 @@ def test_a_part_that_cannot_be_is_refused(change):
     deal = deal_layout([], None, 2)
     holding = dataclasses.replace(holding_of(deal, 0))
     document = json.loads(encode_holding(holding)) | change
-    with pytest.raises(CorruptBackupError, match=r"^holding\.json: (describes a part that|malf)"):
+    with pytest.raises(CorruptBackupError, match=r"^holding\.json: (desc|malf|expected a layout)"):
         decode_holding(json.dumps(document).encode(), "holding.json")
     del document["layout"]
     with pytest.raises(CorruptBackupError, match=r"^holding\.json: malformed: KeyError"):
@@ -129,3 +130,14 @@ def test_a_part_that_cannot_be_is_refused(change):
 def test_a_name_that_is_no_place_is_refused(name):
     with pytest.raises(ValueError, match="no place"):
         place_of(name, 1)
+
+
+def test_a_part_of_a_future_format_is_refused_with_both_versions():
+    deal = deal_layout([], None, 2)
+    document = json.loads(encode_holding(holding_of(deal, 0)))
+    for newer in (
+        document | {"format": 2},
+        document | {"layout": document["layout"] | {"format": 3}},
+    ):
+        with pytest.raises(FormatVersionError, match=r"^holding\.json: .*newer stepsave"):
+            decode_holding(json.dumps(newer).encode(), "holding.json")

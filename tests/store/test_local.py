@@ -345,3 +345,17 @@ def test_a_probe_leaves_nothing_and_says_what_is_wrong(store, monkeypatch):
     with pytest.raises(OSError, match="full"):
         store.probe()
     assert store.list() == []
+
+
+def test_links_of_both_kinds_are_seen_below_a_directory(tmp_path):
+    store = LocalStore(tmp_path)
+    store.make_directory("a/b")
+    store.write("a/b/file", b"1")
+    assert not store.has_links("a")
+    assert not store.has_links("not there")
+    for link, name in ((os.symlink, "b/soft"), (os.symlink, "directory"), (os.link, "b/hard")):
+        target = tmp_path / "a/b" if name == "directory" else tmp_path / "a/b/file"
+        link(target, tmp_path / "a" / name)
+        assert store.has_links("a"), name
+        os.unlink(tmp_path / "a" / name)
+    assert not store.has_links("a")

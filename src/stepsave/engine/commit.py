@@ -137,6 +137,8 @@ class CommitProtocol(Markers):
         if not self._collected:
             self.collect()
         self._retire_left()
+        if self._files.has_links(self._spare):  # what they lead to is somebody else's
+            self._remove_backup(self._spare)
         if blueprint.records != self._spare_of:
             if self._spare_fits(blueprint):
                 # A process that was killed may have written it, and synced none of it.

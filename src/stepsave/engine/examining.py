@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from stepsave.format.records import (
     LayoutPlan,
     LeafSpec,
 )
-from stepsave.format.tree import decode_structure, unflatten
+from stepsave.format.tree import decode_training
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
@@ -178,8 +177,8 @@ def examine(store: Store, record: BackupRecord, crew: Crew) -> Examined:
     has_holding = any(file.path == HOLDING_PATH for file in record.files)
     holding = decode(HOLDING_PATH, decode_holding) if has_holding else None
     plan = decode(orbax.LAYOUT_PATH, lambda data, source: _decode_layout(data, source, record))
-    leaves = holding.plan.leaves if holding else () if plan is None else plan.leaves
-    training = decode(TRAINING_PATH, lambda data, _: _decode_training(data, leaves))
+    leaves = holding.plan.leaves if holding else None if plan is None else plan.leaves
+    training = decode(TRAINING_PATH, lambda data, source: _decode_training(data, source, leaves))
     saved_at_s = decode(orbax.METADATA_PATH, lambda data, _: _decode_time(data))
     damages.sort(key=lambda damage: damage.path)
     return Examined(record, files, plan, holding, training or {}, saved_at_s, tuple(damages))
@@ -207,21 +206,11 @@ def _decode_layout(data: bytes, source: str, record: BackupRecord) -> LayoutPlan
     return plan
 
 
-def _decode_training(data: bytes, leaves: Sequence[LeafSpec]) -> dict[str, Any]:
-    try:
-        training = json.loads(data)
-        dict(**training["metadata"])
-        if leaves:
-            empty = [
-                np.broadcast_to(np.zeros((), DTYPES[leaf.dtype]), leaf.shape) for leaf in leaves
-            ]
-            notes = decode_structure(training.get("structure"))
-            unflatten([leaf.path for leaf in leaves], empty, notes)
-    except FormatVersionError:
-        raise
-    except (ValueError, TypeError, LookupError, RecursionError) as e:
-        raise CorruptBackupError(f"expected metadata, and a structure of the arrays: {e!r}.") from e
-    return cast("dict[str, Any]", training)
+def _decode_training(data: bytes, source: str, leaves: Sequence[LeafSpec] | None) -> dict[str, Any]:
+    if leaves is None:
+        return decode_training(data, source, None)[0]
+    empty = [np.broadcast_to(np.zeros((), DTYPES[leaf.dtype]), leaf.shape) for leaf in leaves]
+    return decode_training(data, source, [leaf.path for leaf in leaves], empty)[0]
 
 
 def _decode_time(data: bytes) -> float:

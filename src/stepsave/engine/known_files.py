@@ -53,6 +53,7 @@ _SHARD = re.compile(r"\d+(_[0-9a-f]+)?(\.__lock)?")
 # Nobody syncs it: a power cut can leave zeros in it, or the end of an older one behind it.
 _LOCK = re.compile(rb"(pid \d+\n[0-9a-f\n]*)?\0*")
 _KNOWN_DIRECTORIES = {"model_config", "pytree"}
+_LOWER_DIRECTORIES = {"array_metadatas", "d", "c"}
 _KNOWN_FILES = {
     "_CHECKPOINT_METADATA",
     "_METADATA",
@@ -177,6 +178,8 @@ def remove_known(store: LocalStore, directory: str) -> list[str]:
             left += remove_known(store, path)
         elif _is_known(name) or (directory.endswith("/d/c") and _SHARD.fullmatch(name)):
             store.remove(path)
+        elif name in _KNOWN_DIRECTORIES | _LOWER_DIRECTORIES and store.size_bytes(path) is None:
+            store.remove(path)  # a link in place of a directory; what it leads to stays
         else:
             left.append(path)
     if not left:

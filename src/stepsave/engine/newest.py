@@ -33,7 +33,8 @@ def restore_newest(
         not the newest.
 
     Raises:
-        CorruptBackupError: If there is one, but none that can be read.
+        CorruptBackupError: If there is one, but none that can be read; or none of that step, but a
+            marker that cannot be read.
         ValueError: If there is none of that step.
     """
     markers.read_markers()
@@ -64,6 +65,8 @@ def restore_newest(
 def _find(place: str, markers: Markers, step: int) -> BackupRecord:
     found = next((record for record in markers.records if record.step == step), None)
     if found is None:
+        for problem in markers.problems.values():  # who knows what that marker named
+            raise _as_corrupt(place, problem)
         steps = ", ".join(str(record.step) for record in markers.records) or "none"
         raise ValueError(
             f"Invalid value for argument `step`. Received: step={step}. Expected the step of a "

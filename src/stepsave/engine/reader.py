@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +14,13 @@ from stepsave.errors import (
     ArenaMemoryError,
     BackupDirectoryError,
     CorruptBackupError,
-    FormatVersionError,
 )
 from stepsave.format import orbax
 from stepsave.format.checksum import crc32c
 from stepsave.format.holding import HOLDING_PATH
 from stepsave.format.layout import CHECKSUM_BYTES, PAGE_BYTES, decode_layout
 from stepsave.format.records import BackupRecord, FileRecord, LayoutPlan, LeafSpec
-from stepsave.format.tree import FlatState, decode_structure, unflatten
+from stepsave.format.tree import FlatState, decode_training, unflatten
 from stepsave.snapshot.arena import pages_for
 from stepsave.snapshot.arrays import SavedArray
 from stepsave.snapshot.pages import Bytes, Pages
@@ -134,17 +132,8 @@ def read_backup(
         specs, join = whole
         leaves = join(plan.leaves, leaves)
     paths = [leaf.path for leaf in specs]
-    training = cast("dict[str, Any]", json.loads(files[own]))
-    try:
-        notes = decode_structure(training.get("structure"))
-        unflatten(paths, leaves, notes)
-    except FormatVersionError as e:
-        raise FormatVersionError(f"{store.path(record.directory)}/{own}: {e}") from e
-    except (ValueError, TypeError, LookupError) as e:
-        raise CorruptBackupError(
-            f"{store.path(record.directory)}/{own}: expected a structure that fits the "
-            f"arrays, found {e!r}."
-        ) from e
+    source = str(store.path(f"{record.directory}/{own}"))
+    training, notes = decode_training(files[own], source, paths, leaves)
     flat = FlatState(paths, list(leaves), notes)
     return StoredBackup(record.step, training["metadata"], flat, record.ended, pages)
 

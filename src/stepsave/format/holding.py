@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from stepsave.errors import CorruptBackupError
+from stepsave.errors import CorruptBackupError, FormatVersionError
 from stepsave.format.layout import Grid, chunks_of, decode_layout, encode_layout
 from stepsave.format.planning import (
     Deal,
@@ -25,7 +25,7 @@ from stepsave.format.planning import (
     move,
     room_bytes,
 )
-from stepsave.format.records import ChunkSpec, LayoutPlan, LeafSpec
+from stepsave.format.records import ChunkSpec, LayoutPlan, LeafSpec, read_json
 
 __all__ = (
     "HOLDING_PATH",
@@ -82,20 +82,28 @@ def decode_holding(encoded: bytes, source: str) -> Holding:
         FormatVersionError, CorruptBackupError: As `decode_layout`.
     """
     try:
-        document = json.loads(encoded)
+        document = read_json(encoded)
+        version = document["format"]
+        if type(version) is int and version > _FORMAT:
+            raise FormatVersionError(
+                f"{source}: written in format {version}, but this stepsave reads format {_FORMAT}. "
+                "Install a newer stepsave to restore this backup."
+            )
         plan = decode_layout(json.dumps(document["layout"]).encode(), source)
         numbers = [document[name] for name in ("process", "processes", "first_shard")]
         process, processes, first = numbers
         count, device = document["shard_count"], document["device"]
         is_possible = (
-            document["format"] == _FORMAT
+            version == _FORMAT
             and all(type(number) is int for number in (*numbers, count))
             and 0 <= process < processes
             and 0 <= first <= first + count <= plan.shard_count
             and count >= 0
             and isinstance(device, str | None)
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except CorruptBackupError:
+        raise
+    except (ValueError, KeyError, TypeError) as e:
         raise CorruptBackupError(f"{source}: malformed: {e!r}.") from e
     if not is_possible:
         raise CorruptBackupError(f"{source}: describes a part that cannot be.")

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from stepsave.errors import CorruptBackupError, FormatVersionError, InvalidStateError
-from stepsave.format.records import DTYPES, FORMAT_VERSION, ChunkSpec, LayoutPlan, LeafSpec
+from stepsave.format.records import (
+    DTYPES,
+    FORMAT_VERSION,
+    ChunkSpec,
+    LayoutPlan,
+    LeafSpec,
+    read_json,
+)
 
 __all__ = (
     "CHECKSUM_BYTES",
@@ -88,9 +95,9 @@ def decode_layout(encoded: bytes, source: str) -> LayoutPlan:
         CorruptBackupError: If anything in it is impossible.
     """
     try:
-        document = json.loads(encoded)
+        document = read_json(encoded)
         version = document["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise CorruptBackupError(f"{source}: expected a layout in JSON, found {e!r}.") from e
     if version not in (FORMAT_VERSION, _BLOCKS_VERSION):
         raise FormatVersionError(
@@ -151,6 +158,7 @@ def _decode(document: dict[str, Any], *, has_blocks: bool) -> LayoutPlan:
         check_names(leaves)
     except InvalidStateError as e:
         raise _ImpossibleError(str(e)) from e
+    _check_tree(leaves)
     if shard_count > max(1, len(chunks)):
         raise _ImpossibleError(f"{shard_count} shards for {len(chunks)} chunks.")
     _check_places(chunks, shard_bytes, shard_count)
@@ -166,7 +174,9 @@ def _decode_leaf(entry: dict[str, Any], *, has_blocks: bool) -> tuple[LeafSpec, 
     dimensions = cast("list[Any]", entry["shape"])
     shape = tuple(_integer(size, f"shape of leaf {path}") for size in dimensions)
     leaf = LeafSpec(cast("tuple[str, ...]", path), shape, entry["dtype"])
-    if len(shape) > MAX_RANK or leaf.size_bytes > _MAX_INT64:
+    # Nor may one without elements be so large along its other axes: NumPy has no such arrays.
+    extent_bytes = math.prod(size or 1 for size in shape[: MAX_RANK + 1]) * leaf.itemsize_bytes
+    if len(shape) > MAX_RANK or extent_bytes > _MAX_INT64:
         raise _ImpossibleError(f"leaf {leaf.name!r}: shape {shape} is too large.")
     sizes = cast("list[Any]", entry["chunk_shape"])
     chunk_shape = tuple(_integer(size, f"chunk of leaf {path}", low=1) for size in sizes)
@@ -177,6 +187,15 @@ def _decode_leaf(entry: dict[str, Any], *, has_blocks: bool) -> tuple[LeafSpec, 
             f"{'even blocks' if has_blocks else 'contiguous runs'}."
         )
     return leaf, chunk_shape
+
+
+def _check_tree(leaves: Sequence[LeafSpec]) -> None:
+    """Refuses leaves below others: a tree has none, and whoever makes one of it loses an array."""
+    paths = {leaf.path for leaf in leaves}
+    for path in paths:
+        for length in range(1, len(path)):
+            if path[:length] in paths:
+                raise _ImpossibleError(f"leaf {path} is below leaf {path[:length]}.")
 
 
 def _check_places(chunks: Sequence[ChunkSpec], shard_bytes: int, shard_count: int) -> None:

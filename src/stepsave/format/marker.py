@@ -22,11 +22,12 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
-from stepsave.errors import CorruptBackupError, FormatVersionError
+from stepsave.errors import CorruptBackupError, FormatVersionError, InvalidStateError
 from stepsave.format.checksum import crc32c
-from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
+from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner, read_json
 
 __all__ = (
+    "FILE_LIMIT_BYTES",
     "MARKER_LIMIT_BYTES",
     "RUN_NAME",
     "decode_marker",
@@ -39,6 +40,11 @@ MARKER_LIMIT_BYTES = 64 << 20
 
 RUN_NAME = r"2\d{7}T\d{6}Z-[0-9a-f]{16}"
 """Of folders in a bucket, as a regular expression: when, in UTC, and a random number."""
+
+FILE_LIMIT_BYTES = 1 << 30
+"""Of a file that is read as a whole; likewise: a file full of holes costs its writer nothing."""
+
+_CRC_LIMIT = 2**32 - 1
 
 _MAGIC = "stepsave-commit"
 _OF_DIRECTORY, _OF_BUCKET = 1, 2
@@ -88,13 +94,13 @@ def decode_marker(encoded: bytes, source: str) -> tuple[BackupRecord, ...] | Cla
             f"{source}: expected CRC-32C {words[2]}, found {crc32c(body):08x}."
         )
     try:
-        document = json.loads(body)
+        document = read_json(body)
         if words[1] == str(_OF_BUCKET):
             return _claim_of(document)
         newest = _record_of(document, r"\d+")  # so it is a dict
         older = (_record_of(one, r"\d+") for one in document.get("older", ()))
         return _newest_first((newest, *older))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise CorruptBackupError(f"{source}: malformed commit marker: {e!r}.") from e
 
 
@@ -104,6 +110,13 @@ def _prove(version: int, document: dict[str, Any]) -> bytes:
 
 
 def _document_of(record: BackupRecord) -> dict[str, Any]:
+    for file in record.files:
+        if file.size_bytes > FILE_LIMIT_BYTES:  # or the backup could never be read
+            raise InvalidStateError(
+                f"{record.directory}/{file.path}: expected at most {FILE_LIMIT_BYTES} bytes beside "
+                f"the arrays, found {file.size_bytes}. Put less into the metadata, or into fewer "
+                "arrays with shorter names."
+            )
     document = {
         "step": record.step,
         "directory": record.directory,
@@ -136,12 +149,15 @@ def _newest_first(records: Iterable[BackupRecord]) -> tuple[BackupRecord, ...]:
 def _record_of(document: dict[str, Any], directory_form: str) -> BackupRecord:
     files = cast("list[tuple[str, int, int]]", document["files"])
     record = BackupRecord(
-        step=int(document["step"]),
+        step=_whole(document["step"]),
         directory=str(document["directory"]),
         nonce=str(document["nonce"]),
-        files=tuple(FileRecord(str(path), int(size), int(crc)) for path, size, crc in files),
-        shard_bytes=int(document["shard_bytes"]),
-        shard_digests=tuple(int(digest) for digest in document["shard_digests"]),
+        files=tuple(
+            FileRecord(str(path), _whole(size, FILE_LIMIT_BYTES), _whole(crc, _CRC_LIMIT))
+            for path, size, crc in files
+        ),
+        shard_bytes=_whole(document["shard_bytes"]),
+        shard_digests=tuple(_whole(digest, _CRC_LIMIT) for digest in document["shard_digests"]),
         ended=document.get("ended", False) is True,
     )
     is_of_step = record.directory.rpartition("/")[2] == str(record.step)
@@ -151,4 +167,11 @@ def _record_of(document: dict[str, Any], directory_form: str) -> BackupRecord:
         parts = file.path.split("/")
         if not all(parts) or ".." in parts or "\0" in file.path or "\\" in file.path:
             raise ValueError(f"path {file.path!r} leads outside the backup")
+        file.path.encode()  # no lone surrogates, which a file system may take for other bytes
     return record
+
+
+def _whole(value: object, limit: int = 2**63 - 1) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(f"{value!r:.40} is no number from 0 to {limit}")
+    return value

@@ -17,7 +17,7 @@ from typing import Any
 
 from stepsave.format import ocdbt
 from stepsave.format.layout import CHECKSUM_BYTES, encode_layout
-from stepsave.format.records import LayoutPlan
+from stepsave.format.records import LayoutPlan, read_json
 
 __all__ = (
     "ARENA_PATH",
@@ -118,9 +118,12 @@ def saved_at_s(checkpoint_metadata: bytes) -> float:
         ValueError: If they do not say so.
     """
     try:
-        return float(json.loads(checkpoint_metadata)["commit_timestamp_nsecs"]) / 1e9
+        time_ns = read_json(checkpoint_metadata)["commit_timestamp_nsecs"]
     except (KeyError, TypeError) as e:
         raise ValueError(f"no `commit_timestamp_nsecs` in {METADATA_PATH}") from e
+    if type(time_ns) is not int or not 0 <= time_ns < 1 << 63:
+        raise ValueError(f"`commit_timestamp_nsecs` {time_ns!r:.40} in {METADATA_PATH}")
+    return time_ns / 1e9
 
 
 def arena_metadata(shard_bytes: int, shard_count: int) -> dict[str, Any]:

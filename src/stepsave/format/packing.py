@@ -8,7 +8,6 @@ these become an object with the single key `TAG`. Reading it back executes nothi
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import sys
 from collections.abc import Sequence
@@ -91,17 +90,31 @@ def unpack(document: Any, arrays: Sequence[Any] = ()) -> Any:
     Raises:
         CorruptBackupError: If `pack` cannot have made it.
     """
+    try:
+        return _unpack(document, arrays)
+    except _IMPOSSIBLE as e:
+        raise CorruptBackupError(f"Impossible packed value in the backup: {e}.") from e
+
+
+_IMPOSSIBLE = (
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,  # an integer too large for a float
+    SyntaxError,  # of a data type, says NumPy
+    RecursionError,
+)
+
+
+def _unpack(document: Any, arrays: Sequence[Any]) -> Any:
     if isinstance(document, list):
-        return [unpack(item, arrays) for item in cast("list[Any]", document)]
+        return [_unpack(item, arrays) for item in cast("list[Any]", document)]
     if not isinstance(document, dict):
         return document
     entries = cast("dict[str, Any]", document)
     if TAG not in entries:
-        return {key: unpack(item, arrays) for key, item in entries.items()}
-    try:
-        return _unpack_tagged(*entries[TAG], arrays=arrays)
-    except (TypeError, ValueError, IndexError, KeyError, binascii.Error) as e:
-        raise CorruptBackupError(f"Impossible packed value in the backup: {e}.") from e
+        return {key: _unpack(item, arrays) for key, item in entries.items()}
+    return _unpack_tagged(*entries[TAG], arrays=arrays)
 
 
 def _unpack_tagged(  # noqa: PLR0911  one for each kind
@@ -112,10 +125,12 @@ def _unpack_tagged(  # noqa: PLR0911  one for each kind
     if kind == "bytes":
         return base64.b64decode(values[0], validate=True)
     if kind == "tuple":
-        return tuple(unpack(values[0], arrays))
+        return tuple(_unpack(values[0], arrays))
     if kind == "dict":
-        return dict(unpack(values[0], arrays))
+        return dict(_unpack(values[0], arrays))
     if kind in ("array beside", "tensor beside"):
+        if values[0] < 0:
+            raise ValueError(f"there is no array {values[0]}")
         array = arrays[values[0]]
         return array if kind == "array beside" else _to_tensor(array)
     if kind in ("array", "scalar", "tensor"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = (
     "LayoutPlan",
     "LeafSpec",
     "SaveStats",
+    "read_json",
 )
 
 FORMAT_VERSION = 1
@@ -43,6 +45,29 @@ DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in _NATIVE.spl
 
 Types below eight bits take one byte per element, as ml_dtypes keeps them in memory.
 """
+
+
+def read_json(encoded: bytes) -> Any:
+    """Returns what a document says, which must be JSON as stepsave writes it: finite, in UTF-8.
+
+    Raises:
+        ValueError: If it is not, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(encoded.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

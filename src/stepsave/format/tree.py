@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from stepsave.errors import FormatVersionError, InvalidStateError
+from stepsave.errors import CorruptBackupError, FormatVersionError, InvalidStateError
+from stepsave.format.records import FORMAT_VERSION, read_json
 
 __all__ = (
     "Fields",
@@ -23,6 +24,7 @@ __all__ = (
     "Note",
     "NotedLeaf",
     "decode_structure",
+    "decode_training",
     "encode_structure",
     "flatten",
     "flatten_state",
@@ -257,7 +259,8 @@ def _from_note(kind: str, value: Any, found: Any, path: Path) -> Any:
         if kind in ("list", "tuple") and len(children) == value:
             items = [children[str(number)] for number in range(len(children))]
             return items if kind == "list" else tuple(items)
-        if kind == "dict" and len(children) == len(value):
+        # Each key once, or a child would be lost.
+        if kind == "dict" and len(children) == len(value) == len({str(key) for key in value}):
             return {key: children[str(key)] for key in value}
     raise ValueError(f"{path}: noted as {kind!r} of {value!r}, but found {type(found).__name__}")
 
@@ -328,10 +331,55 @@ def decode_structure(document: Any) -> list[Note]:
         )
     notes: list[Note] = []
     for path, kind, *values in document["notes"]:
-        if not all(isinstance(key, str) for key in path) or len(values) > 1:
-            raise ValueError(f"note {[path, kind, *values]!r}")
+        is_path = len(path) <= MAX_DEPTH + 1 and all(isinstance(key, str) for key in path)
+        if not is_path or len(values) > 1:
+            raise ValueError(f"note {[path, kind, *values]!r:.200}")
         value = values[0] if values else None
         if kind == "dict" and not all(type(key) in (str, int) for key in values[0]):
             raise ValueError(f"keys {value!r}")
         notes.append((tuple(path), kind, value))
     return notes
+
+
+def decode_training(
+    encoded: bytes, source: str, paths: Sequence[Path] | None, leaves: Sequence[Any] = ()
+) -> tuple[dict[str, Any], list[Note]]:
+    """Decodes and checks `training.json`; trusts nothing that it says.
+
+    Args:
+        encoded: The file's bytes.
+        source: The file's path, for error texts.
+        paths: Where each array of the backup is; None if that is not known.
+        leaves: The arrays, or what has their types and shapes.
+
+    Returns:
+        The document, whose metadata is a dict, and its notes, which fit the arrays.
+
+    Raises:
+        FormatVersionError: If a newer stepsave wrote it.
+        CorruptBackupError: If it is malformed.
+    """
+    try:
+        document = read_json(encoded)
+        _check_training(document)
+        notes = decode_structure(document.get("structure"))
+        if paths is not None:
+            unflatten(paths, leaves, notes)
+    except FormatVersionError as e:
+        raise FormatVersionError(f"{source}: {e}") from e
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise CorruptBackupError(
+            f"{source}: expected metadata, and a structure that fits the arrays, found {e!r:.300}."
+        ) from e
+    return document, notes
+
+
+def _check_training(document: dict[str, Any]) -> None:
+    version, metadata = document["format"], document["metadata"]
+    if type(version) is int and version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"written in format {version}, but this stepsave reads format {FORMAT_VERSION}. "
+            "Install a newer stepsave to restore this backup."
+        )
+    if version != FORMAT_VERSION or type(metadata) is not dict:
+        raise ValueError(f"format {version!r:.40} with metadata in {type(metadata).__name__}")

@@ -120,6 +120,16 @@ class LocalStore:
         except FileNotFoundError:
             return False
 
+    def has_links(self, path: str) -> bool:
+        """Whether something below a directory is a link, or a file that has another name too."""
+        for directory, names, files in os.walk(self.root / path):
+            for name in (*names, *files):
+                found = os.lstat(os.path.join(directory, name))
+                has_two_names = stat.S_ISREG(found.st_mode) and found.st_nlink > 1
+                if has_two_names or stat.S_ISLNK(found.st_mode):
+                    return True
+        return False
+
     def read(self, path: str, limit_bytes: int) -> bytes:
         """Reads a regular file, refusing links and anything larger than the limit.
 
