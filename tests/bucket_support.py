@@ -163,7 +163,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             k: v for k, v in self.headers.items() if k.lower() not in ("expect", "connection")
         }
         condition = self._condition() if proxy.checks_generations else None
-        with proxy.guard if condition else contextlib.nullcontext():
+        # The server of S3 looks at the condition first and then writes: not while another one does.
+        conditional = any(name in self.headers for name in ("If-Match", "If-None-Match"))
+        with proxy.guard if condition or conditional else contextlib.nullcontext():
             if condition and proxy.generation_of(condition[0]) != condition[1]:
                 self._watch(*told, 412)
                 return self._answer(412, [], b"{}")

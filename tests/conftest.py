@@ -12,6 +12,8 @@ settings.load_profile("engine")
 
 sys.path.insert(0, os.path.dirname(__file__))
 
+pytest.register_assert_rewrite("stepsave.testing")  # what a contract found is told like a test's
+
 
 @pytest.fixture
 def small_shards(monkeypatch):

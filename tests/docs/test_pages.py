@@ -22,6 +22,7 @@ from bucket_support import put, s3, s3_environment, s3_target
 from document_support import ROOT, marked_blocks
 
 import stepsave
+import stepsave.testing
 
 __all__ = ("s3", "s3_target")
 
@@ -100,7 +101,8 @@ def test_what_is_not_run_says_why(page):
 
 def test_each_public_name_is_in_the_reference_or_among_the_errors():
     told = PAGES["reference.md"] + PAGES["errors.md"]
-    assert [name for name in stepsave.__all__ if not re.search(rf"\b{name}\b", told)] == []
+    names = (*stepsave.__all__, *stepsave.testing.__all__)
+    assert [name for name in names if not re.search(rf"\b{name}\b", told)] == []
 
 
 def test_each_link_of_a_page_leads_to_a_heading_that_there_is():

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import warnings
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,90 +12,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import stepsave
-from stepsave.engine import checkpointer
 from stepsave.format import planning
-from stepsave.store import places, shard_array
+from stepsave.store.addresses import address_of
 from stepsave.store.bucket import BucketStore
 from stepsave.store.lock import ProcessHold
+from stepsave.testing import FaultStore
 
 pytestmark = pytest.mark.once
 
-CHANGES = ("write_all", "write_if", "remove", "remove_below")
 _numbers = itertools.count()
 
 
-class Died(BaseException):
-    """Not an `Exception`, as the end of a process is none."""
-
-
-class FaultyBucket(BucketStore):
-    """Dies, or has no answer once, at the n-th change: before, in the middle of or after it.
-
-    Plans are by trainer: what one does must not count for the other.
-    """
-
-    plans: ClassVar = {}
-    dead: ClassVar = set()
-    trainer: ClassVar = None
-
-    def __init__(self, address):
-        super().__init__(address)
-        self.name = FaultyBucket.trainer
-        self.life = next(_numbers)
+class ApartBucket(BucketStore):
+    """Two of one place in one process do not know of each other, as if they were in two."""
 
     def make_hold(self):
-        return ProcessHold(f"{self.root} of {self.life}")
-
-    def fails(self):
-        """When the change that is about to be made fails, and how; None if it does not."""
-        if self.life in self.dead:
-            raise Died
-        plan = self.plans.get(self.name)
-        if plan is None:
-            return None
-        plan[0] -= 1
-        return plan[1:] if plan[0] == 0 else None
-
-    def end(self, dies):
-        if dies:
-            self.dead.add(self.life)
-            raise Died
-        raise stepsave.BucketError("injected: no answer")
-
-
-def _faulty(name):
-    real = getattr(BucketStore, name)
-
-    def operation(self, *args):
-        plan = self.fails()
-        if plan is None:
-            return real(self, *args)
-        when, dies = plan
-        if when == "after":
-            real(self, *args)
-        elif when == "middle" and name == "write_all":
-            (objects,) = args
-            real(self, dict(list(objects.items())[: len(objects) // 2]))
-        elif when == "middle" and name == "remove_below":
-            for path in self.list(*args)[::2]:
-                self._kv.write(path, None).result()
-        return self.end(dies)
-
-    return operation
-
-
-for _name in CHANGES:
-    setattr(FaultyBucket, _name, _faulty(_name))
-
-
-class FaultyShards(shard_array.ShardArray):
-    def write(self, number, data):
-        plan = self._store.fails()
-        if plan is None:
-            return super().write(number, data)
-        if plan[0] == "after":
-            super().write(number, data)
-        return self._store.end(plan[1])
+        return ProcessHold(f"{self.root} of {id(self)}")
 
 
 def state_of(trainer, step, width):
@@ -108,8 +39,6 @@ class BucketMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(places, "BucketStore", FaultyBucket)
-        self.patch.setattr("stepsave.engine.shard_writing.ShardArray", FaultyShards)
         self.patch.setattr(planning, "SHARD_TARGET_BYTES", 32 << 10)
         self.patch.setattr(planning, "CHUNK_LIMIT_BYTES", 8 << 10)
         self.place = f"memory://machine/{next(_numbers)}"
@@ -117,16 +46,14 @@ class BucketMachine(RuleBasedStateMachine):
         self.acknowledged = None  # whose save is durable for sure, and which step
         self.possible = set()  # those that may be in its place
         self.keep = [0, 0]
-        self.savers = [None, None]
+        self.savers, self.stores = [None, None], [None, None]
         self.knows = [True, True]  # whether nobody else has changed the marker since it looked
-        FaultyBucket.plans, FaultyBucket.dead = {}, set()
         self.open(0)
         self.open(1)
 
     def open(self, who):
-        FaultyBucket.plans.pop(who, None)
-        FaultyBucket.trainer = who
-        self.savers[who] = checkpointer.Checkpointer(self.place, keep=self.keep[who])
+        self.stores[who] = FaultStore(ApartBucket(address_of(self.place)))
+        self.savers[who] = stepsave.Checkpointer(self.stores[who], keep=self.keep[who])
         self.knows[who] = True
 
     def close(self, who):
@@ -134,8 +61,8 @@ class BucketMachine(RuleBasedStateMachine):
             self.savers[who].close()
 
     def teardown(self):
-        FaultyBucket.plans = {}
         for who in (0, 1):
+            self.stores[who].mend()
             self.close(who)
         self.patch.undo()
 
@@ -148,7 +75,7 @@ class BucketMachine(RuleBasedStateMachine):
         return found
 
     def restored(self, who):
-        FaultyBucket.plans.pop(who, None)
+        self.stores[who].mend()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             backup = self.savers[who].restore()
@@ -181,7 +108,7 @@ class BucketMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1), width=st.integers(1, 4), count=st.integers(1, 2))
     def save_well(self, who, width, count):
-        FaultyBucket.plans.pop(who, None)
+        self.stores[who].mend()
         for _ in range(count):
             saved, error = self.save(who, width)
             if error is not None:
@@ -200,7 +127,8 @@ class BucketMachine(RuleBasedStateMachine):
         restores=st.booleans(),
     )
     def save_with_a_fault(self, who, width, countdown, when, dies, restores):
-        FaultyBucket.plans[who] = [countdown, when, dies]
+        self.stores[who].mend()
+        (self.stores[who].die if dies else self.stores[who].fail)(nth=countdown, when=when)
         saved, error = self.save(who, width)
         is_refused = isinstance(error, stepsave.DirectoryBusyError)
         if is_refused:
@@ -219,7 +147,7 @@ class BucketMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1), keep=st.integers(0, 2))
     def reopen(self, who, keep):
-        FaultyBucket.plans.pop(who, None)
+        self.stores[who].mend()
         self.close(who)
         self.keep[who] = keep
         self.open(who)
@@ -231,7 +159,7 @@ class BucketMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def delete(self, who):
-        FaultyBucket.plans.pop(who, None)
+        self.stores[who].mend()
         saver = self.savers[who]
         failed = saver._log.last_failed
         try:
@@ -248,7 +176,6 @@ class BucketMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_can_be_read_is_what_the_model_says(self):
-        FaultyBucket.trainer = "reader"
         self.check(stepsave.restore(self.place))
 
 

@@ -32,6 +32,7 @@ from stepsave.format.marker import decode_marker, encode_claim, encode_marker
 from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 from stepsave.store import places
 from stepsave.store.local import LocalStore
+from stepsave.testing import FaultStore
 
 sizes = st.integers(0, 2**63 - 1)
 checksums = st.integers(0, 2**32 - 1)
@@ -456,35 +457,16 @@ def test_a_directory_that_may_not_be_removed_is_left_empty(tmp_path, monkeypatch
         assert os.listdir(tmp_path) == []
 
 
-def fail_once(monkeypatch, operation, number=1):
-    """Lets the n-th call of a store operation fail, after doing its work."""
-    calls = []
-
-    class FailingStore(LocalStore):
-        pass
-
-    def fail(self, *args):
-        result = getattr(LocalStore, operation)(self, *args)
-        calls.append(args)
-        if len(calls) == number:
-            raise OSError(errno.EIO, "the disk said no")
-        return result
-
-    setattr(FailingStore, operation, fail)
-    monkeypatch.setattr(places, "LocalStore", FailingStore)
-
-
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("operation", ["replace", "rename"])
 @pytest.mark.usefixtures("no_sync")
-def test_an_error_after_the_work_was_done_loses_nothing(
-    tmp_path, monkeypatch, operation, number, double
-):
-    fail_once(monkeypatch, operation, number)
+def test_an_error_after_the_work_was_done_loses_nothing(tmp_path, operation, number, double):
+    store = FaultStore(tmp_path)
+    store.fail(operation, nth=number, when="after")
     acknowledged = []
     for _ in range(3):
-        with stepsave.Checkpointer(tmp_path, double_checkpoint=double) as saver:
+        with stepsave.Checkpointer(store, double_checkpoint=double) as saver:
             backup = saver.restore()
             step = backup.step if backup else 0
             assert step in acknowledged[-1:] or step >= max(acknowledged, default=0)
@@ -526,16 +508,10 @@ def test_a_spoiled_backup_is_not_the_mould_of_the_next(tmp_path, path):
     assert_is_state_of(restore_once(tmp_path))
 
 
-class Died(BaseException):
-    """Not an `Exception`, as the end of a process is none."""
-
-
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(1, 16))
 @pytest.mark.parametrize("spoiled", ["data", "marker"])
 @pytest.mark.usefixtures("no_sync")
-def test_dying_at_any_operation_after_a_fall_back_loses_nothing(
-    tmp_path, monkeypatch, number, spoiled
-):
+def test_dying_at_any_operation_after_a_fall_back_loses_nothing(tmp_path, number, spoiled):
     with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
         for step in (1, 2, 3):
             saver.save(step, state_of(step)).wait()
@@ -543,31 +519,16 @@ def test_dying_at_any_operation_after_a_fall_back_loses_nothing(
         spoil_newest(tmp_path, "pytree/d/c/0")
     else:
         (tmp_path / COMMIT).write_bytes(b"")
-    calls, armed = [], []
-
-    class DyingStore(LocalStore):
-        def die(self):
-            calls.append(1)
-            if len(calls) > number and armed:
-                raise Died
-
-    for name in ("write", "replace", "rename", "remove", "write_direct", "make_directory"):
-
-        def operation(self, *args, name=name):
-            self.die()
-            return getattr(LocalStore, name)(self, *args)
-
-        setattr(DyingStore, name, operation)
-    with monkeypatch.context() as patch:
-        patch.setattr(places, "LocalStore", DyingStore)
-        saver = stepsave.Checkpointer(tmp_path, double_checkpoint=True)
-        with pytest.warns(UserWarning, match="cannot be read"):
-            assert saver.restore().step == 2
-        calls.clear()
-        armed.append(True)
-        with contextlib.suppress(stepsave.SaveFailedError):
-            saver.save(3, state_of(3)).wait()
+    store = FaultStore(tmp_path)
+    saver = stepsave.Checkpointer(store, double_checkpoint=True)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert saver.restore().step == 2
+    store.die(nth=number)
+    with contextlib.suppress(stepsave.SaveFailedError):
+        saver.save(3, state_of(3)).wait()
+    with contextlib.suppress(stepsave.SaveFailedError):
         saver.close()
+    assert store.is_dead
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the spoiled one may still be the newest
         backup = restore_once(tmp_path, double_checkpoint=True)

@@ -1,7 +1,6 @@
 """The commit protocol against a model: what is acknowledged is never lost, whatever dies when."""
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
@@ -20,78 +19,11 @@ from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.engine.reader import read_backup
 from stepsave.format import planning
 from stepsave.format.marker import decode_marker
-from stepsave.store import places
 from stepsave.store.local import LocalStore
+from stepsave.testing import FaultStore
 from stepsave.threads import Crew
 
 _CREW = Crew(1, "test")
-
-CHANGES = (
-    "write",
-    "write_direct",
-    "replace",
-    "rename",
-    "remove",
-    "remove_empty_directory",
-    "make_directory",
-    "sync_directory",
-    "sync_tree",
-)
-
-
-class Died(BaseException):
-    """Not an `Exception`, as the end of a process is none."""
-
-
-class FaultyStore(LocalStore):
-    """Dies, or fails once, at the n-th change: before, after or in the middle of it."""
-
-    countdown = -1
-    when = "before"
-    dies = True
-    dead = False
-
-    @classmethod
-    def plan(cls, countdown=-1, when="before", dies=True):
-        cls.countdown, cls.when, cls.dies, cls.dead = countdown, when, dies, False
-
-
-def _faulty(name):
-    real = getattr(LocalStore, name)
-
-    def operation(self, *args):
-        cls = FaultyStore
-        if cls.dead:
-            raise Died
-        cls.countdown -= 1
-        if cls.countdown != 0:
-            return real(self, *args)
-        if cls.when == "after":
-            real(self, *args)
-        elif cls.when == "middle" and name == "write":
-            path, data = args
-            (self.root / path).write_bytes(data[: len(data) // 2])
-        elif cls.when == "middle" and name == "write_direct":
-            path, data, ranges = args
-            begin, end = next(iter(ranges))
-            target = self.root / path
-            target.touch()
-            with target.open("r+b") as file:
-                file.seek(begin)
-                file.write(data[begin : (begin + end) // 2])
-        elif cls.when == "middle" and name == "replace":
-            path, data = args
-            (self.root / f"{path}.tmp").write_bytes(data)  # written, and not renamed
-        if cls.dies:
-            cls.dead = True
-            raise Died
-        raise OSError(errno.EIO, f"injected {cls.when} {name}")
-
-    return operation
-
-
-for _name in CHANGES:
-    setattr(FaultyStore, _name, _faulty(_name))
 
 
 def state_of(step, width):
@@ -112,7 +44,6 @@ class CommitMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(places, "LocalStore", FaultyStore)
         self.patch.setattr(os, "fsync", lambda _: None)  # processes die here, not machines
         self.patch.setattr(os, "fdatasync", lambda _: None)
         self.patch.setattr(planning, "SHARD_TARGET_BYTES", 32 << 10)
@@ -124,15 +55,14 @@ class CommitMachine(RuleBasedStateMachine):
         self.last_step = 0
         self.keep = 0
         self.valid_limit = 1
-        self.saver = None
-        FaultyStore.plan()
+        self.saver = self.store = None
         self.open()
 
     def open(self):
-        FaultyStore.plan()
         # Until the next save that goes well with fewer.
         self.valid_limit = max(self.valid_limit, 1 + self.keep)
-        self.saver = stepsave.Checkpointer(self.directory, keep=self.keep)
+        self.store = FaultStore(self.directory)
+        self.saver = stepsave.Checkpointer(self.store, keep=self.keep)
 
     def close(self):
         with contextlib.suppress(stepsave.SaveFailedError):
@@ -167,7 +97,7 @@ class CommitMachine(RuleBasedStateMachine):
 
     @rule(width=st.integers(1, 4), count=st.integers(1, 3))
     def save_well(self, width, count):
-        FaultyStore.plan()
+        self.store.mend()
         with contextlib.suppress(stepsave.SaveFailedError):
             self.saver.wait()
         for _ in range(count):
@@ -184,14 +114,15 @@ class CommitMachine(RuleBasedStateMachine):
 
     @rule(
         width=st.integers(1, 4),
-        countdown=st.integers(1, 40),
+        countdown=st.integers(1, 60),
         when=st.sampled_from(["before", "middle", "after"]),
         dies=st.booleans(),
         reopens_keep=st.integers(0, 2),
         restores=st.booleans(),
     )
     def save_with_a_fault(self, width, countdown, when, dies, reopens_keep, restores):
-        FaultyStore.plan(countdown, when, dies)
+        self.store.mend()
+        (self.store.die if dies else self.store.fail)(nth=countdown, when=when)
         step = self.next_step()
         try:
             try:
@@ -207,7 +138,7 @@ class CommitMachine(RuleBasedStateMachine):
             self.keep = reopens_keep
             self.open()
         if restores or dies:
-            FaultyStore.plan()
+            self.store.mend()
             self.restored()
 
     @rule(keep=st.integers(0, 2))
@@ -219,7 +150,7 @@ class CommitMachine(RuleBasedStateMachine):
 
     @rule()
     def restore(self):
-        FaultyStore.plan()
+        self.store.mend()
         self.restored()
 
     @precondition(lambda self: len(self.valid_records()) >= 2)

@@ -23,6 +23,7 @@ from keras_support import (
 )
 
 import stepsave
+from stepsave.testing import FaultStore
 
 pytestmark = pytest.mark.first
 
@@ -129,20 +130,10 @@ def test_keras_commits_weights_and_epoch_separately(backup_dir):
     assert step_numbers(model) == {2 * STEPS}  # of the end of epoch 2: trained once more now
 
 
-def test_weights_and_epoch_are_committed_together(backup_dir, monkeypatch):
-    from stepsave.store.local import LocalStore
-
-    original, calls = LocalStore.write, []
-
-    def write(self, path, data):
-        if path.endswith("training.json"):
-            calls.append(path)
-            if len(calls) == 2:
-                raise OSError("the position cannot be written")
-        return original(self, path, data)
-
-    monkeypatch.setattr(LocalStore, "write", write)
-    callback = stepsave.BackupAndRestore(backup_dir)
+def test_weights_and_epoch_are_committed_together(backup_dir):
+    store = FaultStore(backup_dir)
+    store.fail("write", path="*/training.json", nth=2)  # the position cannot be written
+    callback = stepsave.BackupAndRestore(store)
     with pytest.raises(stepsave.SaveFailedError, match="step 14 failed"):
         fit(step_model(), callback, epochs=2)
     model = step_model()

@@ -27,6 +27,7 @@ from keras_support import (
 import stepsave
 from stepsave import BackupAndRestore, Preempted
 from stepsave.fit.preemption import PreemptionSignals
+from stepsave.testing import FaultStore
 
 
 def preemptible(backup_dir, **kwargs):
@@ -260,14 +261,10 @@ def test_a_grace_period_that_was_too_short_is_reported(grace_period_s, told, bac
     leave(callback)
 
 
-def test_a_save_that_fails_is_raised_instead(backup_dir, monkeypatch):
-    from stepsave.store.local import LocalStore
-
-    def write(self, path, data):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(LocalStore, "write", write)
-    callback = preemptible(backup_dir)
+def test_a_save_that_fails_is_raised_instead(backup_dir):
+    store = FaultStore(backup_dir)
+    store.fail("write", path="*/training.json")
+    callback = preemptible(store)
     with pytest.raises(stepsave.SaveFailedError):
         fit(step_model(), Kill(batch=2), callback)
 

@@ -8,18 +8,13 @@ from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
 
 
-@pytest.fixture
-def made(tmp_path, small_shards):  # noqa: ARG001
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_is_the_file_with_these_very_bytes(tmp_path):
     store = LocalStore(tmp_path)
     plan = compile_layout([LeafSpec(("a",), (200_000,), "uint8")])
     for path, data in orbax.constant_files(plan).items():
         (tmp_path / "spare" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "spare" / path).write_bytes(data)
-    return store, plan
-
-
-def test_a_shard_is_the_file_with_these_very_bytes(made):
-    store, plan = made
     array = ShardArray(store, "spare", plan)
     assert plan.shard_count > 1
     for number in reversed(range(plan.shard_count)):
@@ -28,19 +23,3 @@ def test_a_shard_is_the_file_with_these_very_bytes(made):
         data = store.read(f"spare/{orbax.shard_path(number)}", 1 << 20)
         assert data == bytes([number + 1]) * plan.shard_bytes
     assert store.list("spare/pytree/d/c") == [str(n) for n in range(plan.shard_count)]
-
-
-def test_a_shard_of_zeros_is_a_file_too_and_replaces_an_older_one(made):
-    store, plan = made
-    array = ShardArray(store, "spare", plan)
-    for value in (1, 0):
-        array.write(0, np.full(plan.shard_bytes, value, np.uint8))
-    assert store.read(f"spare/{orbax.shard_path(0)}", 1 << 20) == bytes(plan.shard_bytes)
-
-
-def test_a_write_that_fails_is_raised(made):
-    store, plan = made
-    array = ShardArray(store, "spare", plan)
-    store.path(f"spare/{orbax.shard_path(0)}").mkdir(parents=True)
-    with pytest.raises((OSError, ValueError), match="pytree/d/c/0"):
-        array.write(0, np.zeros(plan.shard_bytes, np.uint8))

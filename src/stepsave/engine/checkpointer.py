@@ -73,7 +73,8 @@ class Checkpointer(Outcomes):
 
         Args:
             directory: Where the backup lives, alone but for `lost+found` and the like. Or
-                `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like.
+                `s3://bucket/prefix`, `gs://bucket/prefix`, or a tensorstore spec of the like. In
+                tests also a store, such as a `stepsave.testing.FaultStore`.
             double_checkpoint: Whether to keep the backup before the newest too, to fall back to.
             keep: How many to keep before the newest. With `local_dir`, in the bucket.
             keep_every: Of older ones, the first of each so many steps stays too, for good.

@@ -17,9 +17,9 @@ from typing import Any
 
 from stepsave.errors import BackupDirectoryError
 
-__all__ = ("Address", "Target", "address_of")
+__all__ = ("Address", "Name", "address_of")
 
-Target = str | os.PathLike[str] | Mapping[str, Any]
+Name = str | os.PathLike[str] | Mapping[str, Any]
 """What users name a place by: a path, a URL, or a spec of a key-value store of tensorstore."""
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
@@ -39,7 +39,7 @@ class Address:
     spec: Mapping[str, Any]
 
 
-def address_of(target: Target) -> Address | None:
+def address_of(target: Name) -> Address | None:
     """Returns what a URL or a spec names; None for a path of a local file system.
 
     Raises:

@@ -227,6 +227,18 @@ class BucketStore:
         """What all of a process share: connections, limits, and what `memory://` holds."""
         return _make_context()
 
+    def write_array(self, path: str, array: Any, data: Any) -> None:
+        """Writes an object as a part of an array of tensorstore; on return it is durable.
+
+        Args:
+            path: The object.
+            array: The part of the array that is there.
+            data: Its bytes. Must not change meanwhile.
+        """
+        may_refer = not self.keeps_data
+        written = array.write(data, can_reference_source_data_indefinitely=may_refer).commit
+        self.wait(written, f"write {path}", len(data))
+
     def wait(self, future: Any, what: str, size_bytes: int = 0) -> Any:
         """Returns what a future of tensorstore comes to.
 

@@ -32,7 +32,8 @@ def fill(fd: int, buffer: memoryview, begin: int = 0) -> int:
         How many bytes there were.
     """
     done = _read_cached(fd, buffer, begin)
-    is_direct = len(buffer) % BLOCK_BYTES == 0 and _set_direct(fd)
+    # An open file keeps what the piece before it was read with.
+    is_direct = _set_direct(fd, wanted=len(buffer) % BLOCK_BYTES == 0)
     while done < len(buffer):
         try:
             got = os.preadv(fd, [buffer[done:]], begin + done)

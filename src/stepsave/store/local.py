@@ -317,6 +317,17 @@ class LocalStore:
 
     context = None  # of tensorstore: nothing is shared
 
+    def write_array(self, path: str, array: Any, data: Any) -> None:
+        """Writes a file as a part of an array of tensorstore; on return it is durable.
+
+        Args:
+            path: The file.
+            array: The part of the array that is there.
+            data: Its bytes. Must not change meanwhile.
+        """
+        written = array.write(data, can_reference_source_data_indefinitely=True).commit
+        self.wait(written, f"write {path}", len(data))
+
     def wait(self, future: Any, what: str, size_bytes: int) -> Any:
         """Returns what a future of tensorstore comes to; the kernel ends what cannot go on."""
         del what, size_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stepsave.format.orbax import ARENA_PATH, arena_metadata
+from stepsave.format.orbax import ARENA_PATH, arena_metadata, shard_path
 from stepsave.format.records import LayoutPlan
 from stepsave.store.places import Store
 
@@ -43,6 +43,4 @@ class ShardArray:
         """
         start = number * self._shard_bytes
         target = self._array[start : start + self._shard_bytes]
-        may_refer = not self._store.keeps_data
-        written = target.write(data, can_reference_source_data_indefinitely=may_refer).commit
-        self._store.wait(written, f"write shard {number} of {self._directory}", len(data))
+        self._store.write_array(f"{self._directory}/{shard_path(number)}", target, data)
