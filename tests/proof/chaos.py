@@ -16,7 +16,8 @@ know of its release 0.1.8:
   That fits no system that takes turns, overwrites, or names files at random; so it is given files
   for acknowledged steps instead, beside the directory that it watches (`chaos_trainings.Said`).
 - `--crash-rank 1` alone kills nobody: `run` never sets the variable that its injector reads,
-  `CKPT_CHAOS_CRASH_RANK`. It is set here, from outside.
+  `CKPT_CHAOS_CRASH_RANK`. It is set here, from outside. And who was not killed gets a PASS too;
+  such are not counted here.
 - Of several ranks it reads the step of rank 0 only, and `ranks_agree` stays true. So what all
   ranks came to is compared here, by `--result-cmd`.
 - What `tensorstore.open` returns for files, it replaces by something that can neither be awaited
@@ -56,7 +57,7 @@ class System:
     Attributes:
         label: Its name in the table.
         settings: How it is set up, and how it finds what to go on from.
-        ranks: With how many processes; others are not driven, and `settings` says why.
+        ranks: With how many processes; others are not driven.
     """
 
     label: str
@@ -231,11 +232,13 @@ class Verdicts:
 
     def add(self, judged):
         for one in judged:
+            if one["mode"] is not None and not one["killed"]:
+                self.not_killed += 1  # whatever the tester says of it, it says nothing
+                continue
             counts = self.controls if one["mode"] is None else self.modes[one["mode"]]
             counts[one["verdict"]] += 1
             if one["verdict"] != "PASS":
                 self.failures.append(one)
-            self.not_killed += one["mode"] is not None and not one["killed"]
             self.elsewhere += one["elsewhere"]
 
     def as_json(self):
