@@ -1,4 +1,4 @@
-"""Writes what the campaigns found into `docs/durability.md`: from kept JSON, never by hand."""
+"""Writes what the campaigns found into the documents: from kept JSON, never by hand."""
 
 import argparse
 import json
@@ -7,17 +7,29 @@ from pathlib import Path
 from bench.publish.collected import markdown_table
 from bench.publish.documents import replace
 
+from proof.chaos import chaos_table
 from proof.record import RESULTS, ROOT
 
 DOCUMENT = ROOT / "docs/durability.md"
+README = ROOT / "README.md"
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m proof.publish", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument(
+        "--chaos",
+        type=Path,
+        nargs="*",
+        default=[DOCUMENT, README],
+        help="which documents get the table of the public tester, if it was run",
+    )
     options = parser.parse_args(arguments)
     replace(options.document, "proof", "\n".join(table(options.results)))
+    if (options.results / "chaos.json").exists():
+        for document in options.chaos:
+            replace(document, "chaos", "\n".join(chaos_table(options.results)))
 
 
 def table(results):

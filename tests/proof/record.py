@@ -70,6 +70,14 @@ class Campaign:
     def add(self, row):
         self.rows.append(row)
         print(f"{row.what}: {row.cases} cases, {row.bad} bad. {row.notes}", flush=True)  # noqa: T201
+        self._write()
+
+    def keep(self, **parts):
+        """Keeps what has a shape of its own, beside the rows."""
+        self._document |= parts
+        self._write()
+
+    def _write(self):
         document = {
             **self._document,
             "took_s": round(time.monotonic() - self._begin_s, 1),
