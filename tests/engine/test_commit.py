@@ -2,6 +2,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -77,6 +79,10 @@ class LoggingStore(LocalStore):
     def sync_directory(self, path=""):
         super().sync_directory(path)
         self.log.append(f"sync {path}")
+
+    def sync_tree(self, path):
+        super().sync_tree(path)
+        self.log.append(f"sync all of {path}")
 
 
 @pytest.fixture
@@ -179,6 +185,69 @@ def test_a_save_seals_then_publishes_then_retires(tmp_path, log):
         "rename 2 spare",
     ]
     assert log()[: len(shards)] == shards
+
+
+def test_the_first_save_syncs_the_directories_that_it_makes(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        log().clear()
+        saver.save(1, state_of(1)).wait()
+    entries = log()
+    made = entries.index("sync all of spare")
+    assert entries[made + 1] == "sync "
+    assert "write spare/layout.json" in entries[:made]
+    later = [entry for entry in entries[made + 2 :] if "/d/c/" not in entry]
+    assert later == [
+        "write spare/training.json",
+        "write spare/_CHECKPOINT_METADATA",
+        "sync spare",
+        "rename spare 1",
+        "replace COMMIT",
+    ]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_markers_are_gone_for_good_before_their_backups_go(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        assert_is_state_of(saver.restore())
+        log().clear()
+        saver.close(delete_backup=True)
+    assert log()[:4] == ["remove COMMIT", "sync ", "remove PREVIOUS", "sync "]
+    assert "remove 2/layout.json" in log()[4:]
+    assert not tmp_path.exists()
+
+
+def test_an_unreferenced_backup_is_renamed_before_anything_of_it_goes(tmp_path, log):
+    save_once(tmp_path, state_of(1), step=1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")  # sealed, and not published
+    log().clear()
+    save_once(tmp_path, state_of(3), step=3)
+    assert [entry for entry in log() if re.search(r" 2(/|\b)", entry)] == ["rename 2 spare"]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_nothing_of_a_save_whose_sync_failed_is_used_again(tmp_path, monkeypatch):
+    """The kernel may call a page clean that never reached the disk: no later sync writes it."""
+    with stepsave.Checkpointer(tmp_path) as saver, contextlib.ExitStack() as opened:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        files = [path for path in (tmp_path / SPARE).rglob("*") if path.is_file()]
+        held = [opened.enter_context(path.open("rb")) for path in files]
+        assert len(held) > 5
+        with monkeypatch.context() as patch:
+
+            def fail(_):
+                raise OSError(errno.EIO, "no disk")
+
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(stepsave.SaveFailedError, match="no disk"):
+                saver.save(3, state_of(3)).wait()
+        for step in (4, 5):
+            saver.save(step, state_of(step)).wait()
+            assert_is_state_of(saver.restore())
+        names = [file.name for file in held if os.fstat(file.fileno()).st_nlink]
+        assert not names, "files of the failed save are in a later one"
 
 
 def test_the_one_before_is_published_before_the_oldest_goes(tmp_path, log):
@@ -526,6 +595,40 @@ def test_a_spoiled_backup_is_not_the_mould_of_the_next(tmp_path, path):
 
 class Died(BaseException):
     """Not an `Exception`, as the end of a process is none."""
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_the_removal_of_a_backup_that_dies_is_gone_on_with(tmp_path, monkeypatch):
+    """At each file: whatever is left is still known as stepsave's."""
+    left = []
+
+    class DyingStore(LocalStore):
+        def remove(self, path):
+            if not left:
+                raise Died
+            left.pop()
+            super().remove(path)
+
+    for number in range(100):
+        left[:] = [1] * 100
+        with monkeypatch.context() as patch:
+            patch.setattr(places, "LocalStore", DyingStore)
+            saver = stepsave.Checkpointer(tmp_path)
+            saver.save(1, state_of(1)).wait()
+            left[:] = [1] * number
+            try:
+                saver.close(delete_backup=True)
+                break
+            except Died:
+                pass
+        if (tmp_path / COMMIT).exists():
+            assert_is_state_of(restore_once(tmp_path))
+        save_once(tmp_path, state_of(2), step=2)
+        with stepsave.Checkpointer(tmp_path) as saver:
+            assert_is_state_of(saver.restore())
+            saver.close(delete_backup=True)
+    assert number > 10
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("number", range(15))

@@ -31,6 +31,22 @@ def synced(monkeypatch):
     return found
 
 
+@pytest.fixture
+def order(monkeypatch):
+    """What a file or directory goes through until it is durable, in order."""
+    found = []
+    for name in ("pwrite", "fsync", "fdatasync", "rename", "replace"):
+        real = getattr(os, name)
+
+        def record(*args, name=name, real=real):
+            done = real(*args)
+            found.append(name)
+            return done
+
+        monkeypatch.setattr(os, name, record)
+    return found
+
+
 def aligned(size_bytes, value):
     import mmap
 
@@ -99,11 +115,15 @@ def test_a_link_to_a_directory_is_followed_once(tmp_path):
     assert LocalStore(tmp_path / "link").root == (tmp_path / "real").resolve()
 
 
-def test_a_replaced_file_is_synced_before_its_name_and_its_name_before_the_return(store, synced):
+def test_a_replaced_file_is_synced_before_its_name_and_its_name_before_the_return(
+    store, synced, order
+):
     store.write("COMMIT", b"old")
     synced.clear()
+    order.clear()
     store.replace("COMMIT", b"new")
     assert store.read("COMMIT", 10) == b"new"
+    assert order == ["fsync", "replace", "fsync"]
     assert synced == [str(store.path("COMMIT.tmp")), str(store.root)]
     assert store.list() == ["COMMIT"]
 
@@ -154,11 +174,13 @@ def test_a_direct_write_over_a_file_of_another_size_replaces_all_of_it(store, si
     assert store.read("file", 1 << 20) == b"\x03" * 8192
 
 
-def test_a_direct_write_is_synced(store, synced):
+def test_a_direct_write_is_synced(store, synced, order):
     needs_direct(store)
     synced.clear()
+    order.clear()
     store.write_direct("file", aligned(4096, 1))
     assert synced == [str(store.path("file"))]
+    assert order == ["pwrite", "fdatasync"]
 
 
 def test_a_probe_for_direct_writes_leaves_nothing(store):
@@ -302,11 +324,22 @@ def test_a_rename_never_replaces_anything(store):
     assert store.list() == ["a", "b"]
 
 
-def test_a_rename_is_synced(store, synced):
+def test_a_rename_is_synced(store, synced, order):
     store.make_directory("a")
+    order.clear()
+    synced.clear()
     store.rename("a", "b")
     assert store.list() == ["b"]
     assert synced == [str(store.root)]
+    assert order == ["rename", "fsync"]
+
+
+def test_a_directory_is_synced_itself(store, synced):
+    store.make_directory("a/b")
+    synced.clear()
+    store.sync_directory("a/b")
+    store.sync_directory()
+    assert synced == [str(store.path("a/b")), str(store.root)]
 
 
 def test_a_tree_is_synced_whole(store, synced):

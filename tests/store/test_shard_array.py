@@ -1,5 +1,9 @@
+import re
+import shutil
+
 import numpy as np
 import pytest
+from engine_support import SMALL_SHARDS, check_python, run_python
 
 from stepsave.format import orbax
 from stepsave.format.planning import compile_layout
@@ -36,6 +40,39 @@ def test_a_shard_of_zeros_is_a_file_too_and_replaces_an_older_one(made):
     for value in (1, 0):
         array.write(0, np.full(plan.shard_bytes, value, np.uint8))
     assert store.read(f"spare/{orbax.shard_path(0)}", 1 << 20) == bytes(plan.shard_bytes)
+
+
+WRITE_ONE = (
+    SMALL_SHARDS
+    + """
+import sys
+import numpy as np
+from stepsave.format.planning import compile_layout
+from stepsave.format.records import LeafSpec
+from stepsave.store.local import LocalStore
+from stepsave.store.shard_array import ShardArray
+plan = compile_layout([LeafSpec(("a",), (200_000,), "uint8")])
+array = ShardArray(LocalStore(sys.argv[1]), "spare", plan)
+array.write(0, np.full(plan.shard_bytes, 7, np.uint8))
+"""
+)
+
+
+def test_a_shard_is_synced_before_it_gets_its_name(made, tmp_path):
+    """tensorstore's own calls of the system, which no patch of Python's sees."""
+    calls = tmp_path / "calls"
+    trace = ["strace", "-f", "-y", "-o", calls, "-e", "trace=fsync,fdatasync,rename,renameat"]
+    if shutil.which("strace") is None or run_python("", prefix=trace).returncode:
+        pytest.skip("there is no strace here, or it may not look")
+    store, plan = made
+    check_python(WRITE_ONE, tmp_path, prefix=trace)
+    shard = f"spare/{orbax.shard_path(0)}"
+    assert store.read(shard, 1 << 20) == b"\x07" * plan.shard_bytes
+    lines = [line for line in calls.read_text().splitlines() if "pytree/d/c" in line]
+    done = [re.search(r"(f(?:data)?sync|rename\w*)\(", line)[1] for line in lines]
+    named = next(i for i, name in enumerate(done) if name.startswith("rename"))
+    assert any(name in ("fsync", "fdatasync") for name in done[:named]), lines
+    assert any(name == "fsync" for name in done[named + 1 :]), lines
 
 
 def test_a_write_that_fails_is_raised(made):
