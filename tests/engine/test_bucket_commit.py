@@ -16,6 +16,7 @@ from bucket_support import BUCKET, gcs, gcs_target, memory, s3, s3_environment, 
 from engine_support import SMALL_SHARDS, assert_is_state_of, assert_same_bits, state_of
 
 import stepsave
+from stepsave.engine.bucket_commit import BucketCommit
 from stepsave.format.marker import RUN_NAME
 from stepsave.store import bucket, places
 
@@ -220,6 +221,45 @@ def test_one_that_was_thought_dead_can_not_delete_what_came_after(place):
     with pytest.raises(stepsave.DirectoryBusyError, match="saves here too"):
         first.close(delete_backup=True)
     assert restored(place).step == 2
+
+
+def test_one_that_is_too_late_to_publish_leaves_nothing_behind(memory, monkeypatch):
+    first, second = stepsave.Checkpointer(memory.place), other_process(memory.place)
+    first.save(1, state_of(1)).wait()
+    assert second.restore().step == 1
+    real = BucketCommit.seal
+
+    def seal(self, *args):
+        if self is first._directory.protocol:
+            second.save(2, state_of(2)).wait()  # which removes what is there, before this:
+        return real(self, *args)
+
+    monkeypatch.setattr(BucketCommit, "seal", seal)
+    with pytest.raises(stepsave.SaveFailedError, match="saves here too"):
+        first.save(5, state_of(5)).wait()
+    assert {key.split("/")[1] for key in keys(memory.place) if "/" in key} == {"2"}
+    first.close()
+    second.close()
+    assert restored(memory.place).step == 2
+
+
+def test_what_a_failed_save_has_sent_may_arrive_late_and_is_removed_then(memory, monkeypatch):
+    def fail(*_):
+        raise stepsave.BucketError("no answer")
+
+    with stepsave.Checkpointer(memory.place) as saver:
+        saver.save(1, state_of(1)).wait()
+        folder = saver.committed.directory.partition("/")[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(bucket.BucketStore, "write_all", fail)
+            with pytest.raises(stepsave.SaveFailedError, match="no answer"):
+                saver.save(2, state_of(2)).wait()
+        saver.save(3, state_of(3)).wait()
+        assert saver.committed.directory.partition("/")[0] != folder
+        saver._store.write_all({f"{folder}/2/layout.json": b"late"})
+        saver.save(4, state_of(4)).wait()
+        assert {key.split("/")[1] for key in keys(memory.place) if "/" in key} == {"4"}
+    assert restored(memory.place).step == 4
 
 
 def other_process(place, **options):

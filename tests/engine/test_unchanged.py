@@ -172,9 +172,15 @@ def test_what_is_known_of_shards_is_forgotten_when_they_are_written(tmp_path):
             shard.write_bytes(bytes(plan.shard_bytes))
         record = protocol.seal(blueprint, step, b"{}", (0,) * plan.shard_count, [[(b"1", 1)]])
         protocol.publish(record)
+        assert os.listdir(tmp_path / str(step) / "pytree/d/c")
     protocol.begin(blueprint, 3)
     assert protocol.take_written(plan, numbers).contents == [[(b"1", 1)]]
     assert protocol.take_written(plan, numbers) is None
+    for number in numbers:
+        (tmp_path / SPARE / orbax.shard_path(number)).write_bytes(bytes(plan.shard_bytes))
+    protocol.publish(protocol.seal(blueprint, 3, b"{}", (0,) * plan.shard_count, [[(b"1", 1)]]))
+    protocol.begin(blueprint, 4)
+    assert protocol.take_written(plan_of([np.zeros(10)]), numbers) is None, "pieces of another plan"
 
 
 def test_after_a_resume_everything_is_written_once(tmp_path):
