@@ -20,16 +20,36 @@ def crew():
 def test_a_latch_lets_all_pass_who_wait_and_who_come_later():
     latch = Latch()
     passed = []
-    waiters = [threading.Thread(target=lambda: passed.append(latch.wait(30))) for _ in range(5)]
+
+    def wait():
+        passed.append(latch.wait())  # without a limit, after which it would look again
+
+    waiters = [threading.Thread(target=wait, daemon=True) for _ in range(5)]
     for waiter in waiters:
         waiter.start()
     assert not latch.wait(0.01)
     assert not latch.is_open
     latch.open()
     for waiter in waiters:
-        waiter.join()
+        waiter.join(30)
     assert passed == [True] * 5
     assert latch.wait(0)
+
+
+def test_a_latch_that_opens_as_somebody_begins_to_wait_lets_him_pass():
+    latch = Latch()
+
+    class Late(list):
+        def append(self, waiter):
+            latch.open()  # by a thread that has not seen the waiter yet
+            super().append(waiter)
+
+    latch._waiters = Late()
+    passed = []
+    waiter = threading.Thread(target=lambda: passed.append(latch.wait()), daemon=True)
+    waiter.start()
+    waiter.join(30)
+    assert passed == [True]
 
 
 def test_a_wait_that_is_interrupted_hinders_nobody():

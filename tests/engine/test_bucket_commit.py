@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 from bucket_support import BUCKET, gcs, gcs_target, memory, s3, s3_environment, s3_target
 from engine_support import SMALL_SHARDS, assert_is_state_of, assert_same_bits, state_of
 
 import stepsave
-from stepsave.store import bucket
+from stepsave.engine.bucket_commit import BucketCommit
+from stepsave.format.marker import RUN_NAME
+from stepsave.store import bucket, places
 
 pytestmark = [
     pytest.mark.once,
@@ -80,6 +83,71 @@ def test_a_bucket_holds_the_newest_backup_alone_and_gives_it_back_bit_for_bit(pl
         saver.close(delete_backup=True)
     assert keys(place) == []
     assert stepsave.restore(place) is None
+
+
+class LoggingBucket(bucket.BucketStore):
+    """Tells every change it makes, in order."""
+
+    log: list[str] = []  # noqa: RUF012  shared on purpose: the engine makes the instance
+
+    def tell(self, what, paths):
+        self.log.append(f"{what} {' '.join(re.sub(RUN_NAME, 'RUN', path) for path in paths)}")
+
+    def list(self, prefix):
+        self.tell("list", [prefix])
+        return super().list(prefix)
+
+    def write_all(self, objects):
+        super().write_all(objects)
+        self.tell("write", objects)
+
+    def write_if(self, path, data, generation):
+        self.tell("replace", [path])
+        return super().write_if(path, data, generation)
+
+    def remove(self, path):
+        super().remove(path)
+        self.tell("remove", [path])
+
+    def remove_below(self, prefix):
+        super().remove_below(prefix)
+        self.tell("remove below", [prefix])
+
+
+def test_a_save_claims_then_collects_then_seals_then_publishes_then_retires(memory, monkeypatch):
+    with stepsave.Checkpointer(memory.place) as saver:
+        saver.save(1, state_of(1)).wait()
+        debris = f"{saver.committed.directory.partition('/')[0]}/9/layout.json"
+        saver._store.write_all({debris: b"of a save that did not end"})
+    monkeypatch.setattr(places, "BucketStore", LoggingBucket)
+    with stepsave.Checkpointer(memory.place) as saver:
+        LoggingBucket.log.clear()
+        saver.save(2, state_of(2)).wait()
+        constant = LoggingBucket.log.pop(4)
+        assert LoggingBucket.log == [
+            "list 2",
+            "replace COMMIT",
+            "remove RUN/9/commit_success.txt",
+            "remove below RUN/9/",
+            "write RUN/2/training.json RUN/2/_CHECKPOINT_METADATA",
+            "write RUN/2/commit_success.txt",
+            "replace COMMIT",
+            "remove RUN/1/commit_success.txt",
+            "remove below RUN/1/",
+        ]
+        assert constant.startswith("write RUN/2/layout.json")
+        assert "RUN/2/commit_success.txt" not in constant.split()
+    assert restored(memory.place).step == 2
+
+
+@pytest.mark.timeout(60)
+def test_what_has_no_answer_in_time_is_given_up(memory, monkeypatch):
+    monkeypatch.setattr(bucket, "_PATIENCE_S", 0.2)
+    store = bucket.BucketStore(stepsave.store.addresses.address_of(memory.place))
+    promise, future = tensorstore.Promise.new()
+    with pytest.raises(stepsave.BucketError, match="could not look: no answer within 0 s"):
+        store.wait(future, "look")
+    del promise
 
 
 def test_two_backups_are_kept_if_asked_for_and_the_older_is_fallen_back_to(memory):
@@ -153,6 +221,45 @@ def test_one_that_was_thought_dead_can_not_delete_what_came_after(place):
     with pytest.raises(stepsave.DirectoryBusyError, match="saves here too"):
         first.close(delete_backup=True)
     assert restored(place).step == 2
+
+
+def test_one_that_is_too_late_to_publish_leaves_nothing_behind(memory, monkeypatch):
+    first, second = stepsave.Checkpointer(memory.place), other_process(memory.place)
+    first.save(1, state_of(1)).wait()
+    assert second.restore().step == 1
+    real = BucketCommit.seal
+
+    def seal(self, *args):
+        if self is first._directory.protocol:
+            second.save(2, state_of(2)).wait()  # which removes what is there, before this:
+        return real(self, *args)
+
+    monkeypatch.setattr(BucketCommit, "seal", seal)
+    with pytest.raises(stepsave.SaveFailedError, match="saves here too"):
+        first.save(5, state_of(5)).wait()
+    assert {key.split("/")[1] for key in keys(memory.place) if "/" in key} == {"2"}
+    first.close()
+    second.close()
+    assert restored(memory.place).step == 2
+
+
+def test_what_a_failed_save_has_sent_may_arrive_late_and_is_removed_then(memory, monkeypatch):
+    def fail(*_):
+        raise stepsave.BucketError("no answer")
+
+    with stepsave.Checkpointer(memory.place) as saver:
+        saver.save(1, state_of(1)).wait()
+        folder = saver.committed.directory.partition("/")[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(bucket.BucketStore, "write_all", fail)
+            with pytest.raises(stepsave.SaveFailedError, match="no answer"):
+                saver.save(2, state_of(2)).wait()
+        saver.save(3, state_of(3)).wait()
+        assert saver.committed.directory.partition("/")[0] != folder
+        saver._store.write_all({f"{folder}/2/layout.json": b"late"})
+        saver.save(4, state_of(4)).wait()
+        assert {key.split("/")[1] for key in keys(memory.place) if "/" in key} == {"4"}
+    assert restored(memory.place).step == 4
 
 
 def other_process(place, **options):

@@ -22,6 +22,7 @@ from engine_support import (
 import stepsave
 from stepsave.snapshot import arena
 from stepsave.store.local import LocalStore
+from stepsave.store.lock import DirectoryLock
 from stepsave.threads import Crew
 
 
@@ -356,6 +357,27 @@ def test_closing_waits_for_saves_in_flight(tmp_path):
         saver.save(2, state_of(2))
     assert restore_once(tmp_path).step == 2
     assert_is_state_of(restore_once(tmp_path))
+
+
+def test_what_was_saved_before_the_lock_was_had_is_seen(tmp_path, monkeypatch):
+    """Another process saves, and ends, between a look at the directory and the lock."""
+    directory, other = tmp_path / "here", tmp_path / "other"
+    save_once(other, state_of(1), step=1)
+    directory.mkdir()
+    real = DirectoryLock.acquire
+
+    def acquire(self):
+        for name in ("1", "COMMIT"):
+            os.rename(other / name, directory / name)
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryLock, "acquire", acquire)
+        saver = stepsave.Checkpointer(directory)
+    with saver:
+        with pytest.raises(ValueError, match="step"):
+            saver.save(1, state_of(1))
+        assert_is_state_of(saver.restore())
 
 
 def test_that_its_training_has_ended_is_noted_with_the_backup_until_the_next_save(tmp_path):

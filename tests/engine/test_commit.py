@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -32,7 +33,7 @@ from stepsave.format.marker import decode_marker, encode_claim, encode_marker
 from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 from stepsave.store import places
 from stepsave.store.local import LocalStore
-from stepsave.testing import FaultStore
+from stepsave.testing import Died, FaultStore
 
 sizes = st.integers(0, 2**63 - 1)
 checksums = st.integers(0, 2**32 - 1)
@@ -79,6 +80,10 @@ class LoggingStore(LocalStore):
     def sync_directory(self, path=""):
         super().sync_directory(path)
         self.log.append(f"sync {path}")
+
+    def sync_tree(self, path):
+        super().sync_tree(path)
+        self.log.append(f"sync all of {path}")
 
 
 @pytest.fixture
@@ -182,6 +187,64 @@ def test_a_save_seals_then_publishes_then_retires(tmp_path, log):
         "rename 2 spare",
     ]
     assert log()[: len(shards)] == shards
+
+
+def test_the_first_save_syncs_the_directories_that_it_makes(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path) as saver:
+        log().clear()
+        saver.save(1, state_of(1)).wait()
+    entries = log()
+    made = entries.index("sync all of spare")
+    assert entries[made + 1] == "sync "
+    assert "write spare/layout.json" in entries[:made]
+    assert entries[-3:] == ["sync spare", "rename spare 1", "replace COMMIT"]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_markers_are_gone_for_good_before_their_backups_go(tmp_path, log):
+    with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        assert_is_state_of(saver.restore())
+        log().clear()
+        saver.close(delete_backup=True)
+    markers = log()[:4]
+    assert {markers[0], markers[2]} == {"remove COMMIT", "remove PREVIOUS"}
+    assert markers[1] == markers[3] == "sync "
+    assert "remove 2/layout.json" in log()[4:]
+    assert not tmp_path.exists()
+
+
+def test_an_unreferenced_backup_is_renamed_before_anything_of_it_goes(tmp_path, log):
+    save_once(tmp_path, state_of(1), step=1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")  # sealed, and not published
+    log().clear()
+    save_once(tmp_path, state_of(3), step=3)
+    assert [entry for entry in log() if re.search(r" 2(/|\b)", entry)] == ["rename 2 spare"]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_nothing_of_a_save_whose_sync_failed_is_used_again(tmp_path, monkeypatch):
+    """The kernel may call a page clean that never reached the disk: no later sync writes it."""
+    with stepsave.Checkpointer(tmp_path) as saver, contextlib.ExitStack() as opened:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        files = [path for path in (tmp_path / SPARE).rglob("*") if path.is_file()]
+        held = [opened.enter_context(path.open("rb")) for path in files]
+        assert len(held) > 5
+        with monkeypatch.context() as patch:
+
+            def fail(_):
+                raise OSError(errno.EIO, "no disk")
+
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(stepsave.SaveFailedError, match="no disk"):
+                saver.save(3, state_of(3)).wait()
+        for step in (4, 5):
+            saver.save(step, state_of(step)).wait()
+            assert_is_state_of(saver.restore())
+        names = [file.name for file in held if os.fstat(file.fileno()).st_nlink]
+        assert not names, "files of the failed save are in a later one"
 
 
 def test_the_one_before_is_published_before_the_oldest_goes(tmp_path, log):
@@ -486,6 +549,31 @@ def test_an_error_after_the_work_was_done_loses_nothing(tmp_path, operation, num
     assert set(os.listdir(tmp_path)) == kept
 
 
+@pytest.mark.usefixtures("no_sync")
+def test_what_cannot_be_put_away_fails_no_save_and_the_next_one_takes_it_in(
+    tmp_path, monkeypatch, caplog
+):
+    class RefusingStore(LocalStore):
+        refuses = True
+
+        def rename(self, source, target):
+            if self.refuses and target == SPARE:
+                raise OSError(errno.EBUSY, "somebody is in there")
+            super().rename(source, target)
+
+    monkeypatch.setattr(places, "LocalStore", RefusingStore)
+    with stepsave.Checkpointer(tmp_path) as saver:
+        for step in (1, 2):
+            saver.save(step, state_of(step)).wait()
+        assert "could not retire an old backup" in caplog.text
+        assert_is_state_of(saver.restore())
+        assert sorted(os.listdir(tmp_path)) == ["1", "2", COMMIT, "LOCK"]
+        monkeypatch.setattr(RefusingStore, "refuses", False)
+        saver.save(3, state_of(3)).wait()
+        assert sorted(os.listdir(tmp_path)) == ["3", COMMIT, "LOCK", SPARE]
+        assert_is_state_of(saver.restore())
+
+
 def spoil_newest(directory, path):
     flip_bit(directory / read_marker(directory)["directory"] / path, 50)
 
@@ -506,6 +594,29 @@ def test_a_spoiled_backup_is_not_the_mould_of_the_next(tmp_path, path):
             assert_is_state_of(saver.restore())
         assert saver.committed.step == 5
     assert_is_state_of(restore_once(tmp_path))
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_the_removal_of_a_backup_that_dies_is_gone_on_with(tmp_path):
+    """At each file: whatever is left is still known as stepsave's."""
+    for number in range(1, 100):
+        store = FaultStore(tmp_path)
+        saver = stepsave.Checkpointer(store)
+        saver.save(1, state_of(1)).wait()
+        store.die("remove", nth=number)
+        try:
+            saver.close(delete_backup=True)
+            break
+        except Died:
+            pass
+        if (tmp_path / COMMIT).exists():
+            assert_is_state_of(restore_once(tmp_path))
+        save_once(tmp_path, state_of(2), step=2)
+        with stepsave.Checkpointer(tmp_path) as saver:
+            assert_is_state_of(saver.restore())
+            saver.close(delete_backup=True)
+    assert number > 10
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("number", range(1, 16))

@@ -296,6 +296,40 @@ with stepsave.Checkpointer(sys.argv[1], local_dir=sys.argv[2], upload_every=2) a
 )
 
 
+def test_what_an_upload_that_failed_has_left_is_removed_by_the_next_one(memory, local, monkeypatch):
+    real, asked = bucket.BucketStore.write_all, []
+
+    def fail_once(self, objects):
+        real(self, objects)
+        if not asked and "layout.json" in str(objects.keys()):
+            asked.append(objects)
+            raise stepsave.BucketError("no answer")
+
+    monkeypatch.setattr(bucket.BucketStore, "write_all", fail_once)
+    with stepsave.Checkpointer(memory.place, local_dir=local) as saver:
+        saver.save(1, state_of(1)).wait()
+        when(lambda: asked and not saver._directory._uploader._is_busy)
+        with pytest.raises(stepsave.SaveFailedError, match="no answer"):
+            saver.upload()
+        saver.save(2, state_of(2)).wait()
+        saver.upload()
+        keys = bucket.BucketStore(address_of(memory.place)).list("")
+        assert {key.split("/")[1] for key in keys if "/" in key} == {"2"}
+    assert restored(memory.place) == restored(local) == 2
+
+
+def test_an_older_backup_on_the_disk_is_not_uploaded_over_a_newer_one(memory, local, tmp_path):
+    """A machine that comes back, and is stopped again before it restores."""
+    with stepsave.Checkpointer(memory.place, local_dir=local) as saver:
+        saver.save(1, state_of(1))
+    old = tmp_path / "old"
+    shutil.copytree(local, old)
+    with stepsave.Checkpointer(memory.place, local_dir=local) as saver:
+        saver.save(2, state_of(2))
+    stepsave.Checkpointer(memory.place, local_dir=old).close()
+    assert restored(memory.place) == 2
+
+
 @pytest.mark.parametrize("steps", [1, 4, 9, 20])
 def test_a_killed_process_leaves_both_places_whole(s3, local, steps):
     tests = str(Path(__file__).parents[1])

@@ -8,14 +8,19 @@ import pytest
 from engine_support import (
     assert_same_bits,
     needs_direct,
+    plan_of,
     random_array,
     restore_once,
     save_once,
 )
 
 import stepsave
-from stepsave.engine.commit import SPARE
+from stepsave.engine.commit import SPARE, CommitProtocol
+from stepsave.engine.retention import Retention
+from stepsave.format import orbax
+from stepsave.format.blueprint import Blueprint
 from stepsave.snapshot import contents, runs
+from stepsave.store.local import LocalStore
 
 WRITERS = ("auto", "tensorstore")
 MEBIBYTE = 1 << 20
@@ -153,6 +158,29 @@ def test_after_a_save_that_failed_everything_is_written(tmp_path, monkeypatch, m
         written = save_all(saver, map(part_frozen, range(9, 16)), begin=9)
     assert written[0] == whole
     assert written[-1] < 1.1 * MEBIBYTE
+
+
+def test_what_is_known_of_shards_is_forgotten_when_they_are_written(tmp_path):
+    plan = plan_of([np.zeros(10)])
+    blueprint, numbers = Blueprint(plan, {}), range(plan.shard_count)
+    protocol = CommitProtocol(LocalStore(tmp_path), Retention(0))
+    for step in (1, 2):
+        directory = protocol.begin(blueprint, step)
+        assert protocol.take_written(plan, numbers) is None
+        for number in numbers:
+            shard = tmp_path / directory / orbax.shard_path(number)
+            shard.write_bytes(bytes(plan.shard_bytes))
+        record = protocol.seal(blueprint, step, b"{}", (0,) * plan.shard_count, [[(b"1", 1)]])
+        protocol.publish(record)
+        assert os.listdir(tmp_path / str(step) / "pytree/d/c")
+    protocol.begin(blueprint, 3)
+    assert protocol.take_written(plan, numbers).contents == [[(b"1", 1)]]
+    assert protocol.take_written(plan, numbers) is None
+    for number in numbers:
+        (tmp_path / SPARE / orbax.shard_path(number)).write_bytes(bytes(plan.shard_bytes))
+    protocol.publish(protocol.seal(blueprint, 3, b"{}", (0,) * plan.shard_count, [[(b"1", 1)]]))
+    protocol.begin(blueprint, 4)
+    assert protocol.take_written(plan_of([np.zeros(10)]), numbers) is None, "pieces of another plan"
 
 
 def test_after_a_resume_everything_is_written_once(tmp_path):

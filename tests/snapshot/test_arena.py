@@ -219,6 +219,30 @@ def test_an_arena_that_is_needed_is_touched_no_further(monkeypatch, crew):
     pool.close()
 
 
+def test_an_arena_is_lent_when_nobody_fills_it_any_more_for_a_save_that_was_given_up(crew):
+    array = random_array((200_000,), "uint8")
+    copying, goes_on = threading.Event(), threading.Event()
+
+    def source(_):
+        copying.set()
+        assert goes_on.wait(30)
+        return array
+
+    plan, claim = plan_of([array]), Claim()
+    pool = ArenaPool(plan, crew)
+    taken = pool.acquire(claim, block=True)
+    taken.bind(plan)
+    helper = threading.Thread(target=taken.begin(source, Attention()).help)
+    helper.start()
+    assert copying.wait(30)
+    claim.drop()
+    threading.Timer(0.1, goes_on.set).start()
+    assert pool.acquire(Claim(), block=False) is taken
+    assert goes_on.is_set(), "it waited for the helper"
+    helper.join()
+    pool.close()
+
+
 def test_what_a_device_may_have_overwritten_is_not_taken_for_what_was_there():
     array = random_array((HUGE_PAGE,), "uint8")
     plan, arena = filled([array])

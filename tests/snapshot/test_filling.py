@@ -133,6 +133,7 @@ def test_what_is_written_is_what_is_there_when_it_is_said(monkeypatch):
 @pytest.mark.usefixtures("small_shards")
 def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     monkeypatch.setattr(filling, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(runs, "_SMALL_BYTES", 1000)
     arrays = [random_array((15_000,), "uint8", seed=i) for i in range(12)]
     plan = plan_of(arrays)
     arena = Arena(Pages(plan.arena_bytes))
@@ -141,7 +142,7 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     taken = itertools.count()
 
     def source(leaf):
-        if next(taken) == 6:
+        if next(taken) == 2:  # of four in the first shard
             assert gate.wait(30)
         return arrays[leaf]
 
@@ -149,9 +150,12 @@ def test_the_first_bytes_are_ready_before_the_last_are_copied(monkeypatch):
     worker = threading.Thread(target=half.lead)
     worker.start()
     ranges = half.ranges(0)
-    assert next(ranges)[0] == 0
+    begin, end = next(ranges)
+    assert begin == 0
+    early = arena.bytes[:end].copy()
     gate.set()
     worker.join()
+    assert (early == arena.bytes[:end]).all(), "it was said to be there before it was"
     list(ranges)
     for number in range(1, plan.shard_count):
         list(half.ranges(number))
@@ -171,6 +175,30 @@ def test_helpers_leave_small_chunks_to_the_thread_at_work(monkeypatch):
     assert_sealed(plan, arena)
     for number, array in enumerate(arrays):
         assert leaf_bytes(plan, arena, number) == array.tobytes()
+
+
+def test_on_return_of_the_call_helpers_have_copied_what_they_took():
+    arrays = [random_array((200_000,), "uint8", seed=i) for i in range(3)]
+    copying, gate = threading.Event(), threading.Event()
+
+    def source(leaf):
+        if threading.current_thread() is helper:
+            copying.set()
+            assert gate.wait(30)
+        return arrays[leaf]
+
+    plan = plan_of(arrays)
+    arena = Arena(Pages(plan.arena_bytes))
+    arena.bind(plan)
+    shared = arena.begin(source, Attention())
+    helper = threading.Thread(target=shared.help)
+    helper.start()
+    assert copying.wait(30)
+    threading.Timer(0.1, gate.set).start()
+    shared.work()
+    assert shared.is_complete
+    assert_sealed(plan, arena)
+    helper.join()
 
 
 def test_a_source_that_fails_fails_all_who_copy_and_all_who_wait():
@@ -301,7 +329,8 @@ def test_what_somebody_else_has_copied_is_sealed_all_the_same():
     arrays = [random_array((size,), "uint8", seed=size) for size in (10, 100_000)]
     plan, arena = filled(arrays)
     sealed = arena.bytes.copy()
-    arena.bytes[plan.chunks[0].offset_bytes + 10 :][:4] = 0
+    for chunk in plan.chunks:
+        arena.bytes[chunk.offset_bytes + chunk.stored_bytes :][:4] ^= 255
     again = arena.begin(lambda _: None, Attention())
     again.work()
     list(again.ranges(0))

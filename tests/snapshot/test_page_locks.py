@@ -200,6 +200,16 @@ def test_a_close_that_fails_unregisters_too(tmp_path, pinning, monkeypatch):
     assert not pinning.registered
 
 
+def test_memory_of_arenas_that_are_too_small_now_is_unregistered(tmp_path, pinning):
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        for step, size in ((1, 50), (2, 3000)):
+            saver.save(step, {"w": torch.full((size, size), float(step))})
+            assert np.array_equal(saver.restore().state["w"], np.full((size, size), step))
+            assert len(pinning.registered) == 2
+            assert min(pinning.registered.values()) > size * size
+    assert not pinning.registered
+
+
 def test_a_state_is_saved_through_memory_that_could_not_be_pinned(tmp_path, pinning):
     with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
         for step in range(1, 4):

@@ -46,6 +46,21 @@ def store(tmp_path):
     return store
 
 
+@pytest.fixture
+def synced(monkeypatch):
+    """The paths that are synced, in order."""
+    found = []
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name)
+
+        def record(fd, real=real):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+            real(fd)
+
+        monkeypatch.setattr(os, name, record)
+    return found
+
+
 def needs_direct(store):
     if not store.can_write_direct():
         pytest.skip("the file system of the temporary directory does not take O_DIRECT")
@@ -170,6 +185,14 @@ def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_is_read(
     assert all(at >= begin_bytes for at, _ in waited_for)
     if cached_blocks == 8:
         assert not waited_for
+
+
+def test_a_directory_is_synced_itself(store, synced):
+    store.make_directory("a/b")
+    synced.clear()
+    store.sync_directory("a/b")
+    store.sync_directory()
+    assert synced == [str(store.path("a/b")), str(store.root)]
 
 
 def test_links_of_both_kinds_are_seen_below_a_directory(tmp_path):

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from engine_support import check_python
@@ -13,6 +14,13 @@ from stepsave.errors import (
     DirectoryBusyError,
 )
 from stepsave.store.lock import LOCK_NAME, DirectoryLock, find_holder
+
+LOOK = """
+import sys
+from pathlib import Path
+from stepsave.store.lock import find_holder
+print(find_holder(Path(sys.argv[1])))
+"""
 
 HOLD = """
 import sys
@@ -273,3 +281,33 @@ def test_to_look_in_the_process_that_holds_a_directory_does_not_drop_its_lock(tm
 def test_nobody_is_known_to_hold_what_has_no_lock_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         find_holder(tmp_path)
+
+
+def test_a_forked_child_that_lets_go_removes_nothing_of_its_parent(tmp_path):
+    lock = taken(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            lock.release(remove=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK_NAME).exists()
+    assert str(tmp_path) in check_python(TRY, tmp_path)
+    lock.release(remove=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_file_is_removed_while_the_lock_is_held(tmp_path, monkeypatch):
+    """Removed later, it might be that of a process that has taken the lock meanwhile."""
+    lock = taken(tmp_path)
+    real, holders = Path.unlink, []
+
+    def unlink(path, **options):
+        holders.append(check_python(LOOK, tmp_path))
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    lock.release(remove=True)
+    assert holders == [f"{os.getpid()}\n"]
+    assert os.listdir(tmp_path) == []
