@@ -5,6 +5,8 @@ import os
 import pytest
 
 from stepsave.store.whole_file import new_file
+from stepsave.testing.crashes import Sampling, crash_states, distinct
+from stepsave.testing.recording import record
 
 
 def test_it_appears_when_it_is_complete_and_synced(tmp_path, monkeypatch):
@@ -64,3 +66,20 @@ def test_one_that_is_there_is_refused_even_if_it_came_meanwhile(tmp_path):
     with pytest.raises(IsADirectoryError, match=f"{tmp_path}: expected the name of a file"):
         write(tmp_path, b"all", overwrite=True, before_the_end=never)
     assert os.listdir(tmp_path) == ["out.npz"]
+
+
+def test_a_power_cut_leaves_the_old_file_or_the_new_one_and_the_new_one_when_it_was_told(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "out.npz").write_bytes(b"old")
+    with record(root) as recorder:
+        with new_file(root / "out.npz", ".npz", overwrite=True) as path:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+            os.write(fd, bytes(range(256)) * 8)
+            os.close(fd)
+        recorder.mark("acknowledged", 1)
+    states = distinct(crash_states(recorder.log, Sampling()))
+    told = [state for state in states if state.acknowledged == 1]
+    assert {state.files["out.npz"].data for state in states} == {b"old", bytes(range(256)) * 8}
+    assert {state.files["out.npz"].data for state in told} == {bytes(range(256)) * 8}
+    assert len(states) > 5  # with what lies beside it

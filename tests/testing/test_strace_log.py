@@ -89,6 +89,20 @@ def test_calls_that_other_threads_interrupt_are_put_together():
     assert told.failed
 
 
+def test_a_number_may_be_that_of_another_file_before_its_closing_ends():
+    text = "\n".join(
+        [
+            f'7 openat(AT_FDCWD, "{hexed("/r/a")}", O_WRONLY|O_CREAT, 0666) = 3',
+            "7 close(3 <unfinished ...>",
+            f'8 openat(AT_FDCWD, "{hexed("/r/b")}", O_WRONLY|O_CREAT, 0666) = 3',
+            "7 <... close resumed>) = 0",
+            f'8 write(3, "{hexed("x")}", 1) = 1',
+        ]
+    )
+    builder = parse_strace(text, "/r", {})
+    builder.check_complete({"a": b"", "b": b"x"})
+
+
 def test_what_strace_has_cut_is_refused():
     text = f'7 openat(AT_FDCWD, "{hexed("/r/a")}", O_WRONLY|O_CREAT, 0666) = 3\n'
     text += f'7 write(3, "{hexed("xy")}"..., 3) = 3'

@@ -69,9 +69,12 @@ def _calls(text: str, log: OperationLog) -> Iterator[tuple[str, str, int, int]]:
     for line in text.splitlines():
         if found := _UNFINISHED.fullmatch(line):
             unfinished[found[1]] = found[3], len(log.operations)
+            if found[2] == "close":
+                # At its end the number may be another file's already, which was opened meanwhile.
+                yield found[2], found[3], 0, len(log.operations)
         elif found := _RESUMED.fullmatch(line):
             head, began = unfinished.pop(found[1])
-            if found[4] != "?":
+            if found[4] != "?" and found[2] != "close":
                 yield found[2], head + found[3], int(found[4]), began
         elif (found := _CALL.fullmatch(line)) and found[4] != "?":
             yield found[2], found[3], int(found[4]), len(log.operations)
