@@ -40,11 +40,11 @@ def test_killed_before_any_call_of_its_second_save_a_process_loses_nothing(theat
 
 
 def test_a_deletion_cut_short_leaves_the_newest_backup_or_none(theatre):
-    calls = theatre.calls("delete kept", "direct")
+    calls = theatre.calls("delete kept", "auto")
     markers = [("unlink", "COMMIT"), ("unlink", "PREVIOUS")]
     assert set(calls) >= set(markers)
     for name, role in [*markers, *random.sample(list(calls), 4)]:
-        death = Death("delete kept", "direct", (name, role, 0))
+        death = Death("delete kept", "auto", (name, role, 0))
         assert theatre.play(death)["killed"]
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from bucket_support import BUCKET, Proxy, s3_environment, s3_server
 
 from proof import aftermath, tracing
-from proof.nursery import Nursery, use_small_shards
+from proof.nursery import Nursery, tidy_up_when_terminated, use_small_shards
 from proof.record import Campaign, Row, parser
 from proof.scenes import SCENES
 
-WRITERS = ("direct", "tensorstore")
+WRITERS = ("auto", "tensorstore")  # the first is the direct one, where the disk takes it
 TRIES = 3  # of a run in which threads took turns in another order than in the dry run
 
 _places = itertools.count()
@@ -108,6 +108,7 @@ def main(arguments=None):
     if reason is not None:
         sys.exit(reason)
     use_small_shards()
+    tidy_up_when_terminated()
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         proxy = stack.enter_context(Proxy.before(stack.enter_context(s3_server())))
@@ -127,10 +128,12 @@ def kill_at_each_call(theatre, scene, *, quick):
     """Plays a scene as often as it has calls; returns what became of it."""
     cases = bad = missed = 0
     kinds = set()
-    for writer in WRITERS:
+    # The saves of uploads are those of other scenes.
+    uploads = SCENES[scene].uploads
+    for writer in WRITERS[:1] if uploads else WRITERS:
         for (name, role), count in theatre.calls(scene, writer).items():
             kinds.add((name, role))
-            for number in range(1 if quick else count):
+            for number in range(1 if quick or uploads else count):
                 death = Death(scene, writer, (name, role, number))
                 died, failed = _die(theatre, death)
                 cases += died
@@ -163,7 +166,7 @@ def kill_at_each_request(theatre, *, quick):
     for cases in range(10 if quick else sys.maxsize):
         reaper = Reaper(theatre.nursery, cases)
         theatre.proxy.fault = reaper
-        _, failed = _die(theatre, Death("upload", "direct"), reaper)
+        _, failed = _die(theatre, Death("upload", "auto"), reaper)
         theatre.proxy.fault = None
         bad += failed
         if not reaper.came and not failed:

@@ -7,6 +7,7 @@ as forks want one without threads; who kills and looks is not among its children
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -22,6 +23,11 @@ def use_small_shards():
     """Has several shards of several chunks in a backup of a few hundred kilobytes."""
     planning.SHARD_TARGET_BYTES = 64 << 10
     planning.CHUNK_LIMIT_BYTES = 16 << 10
+
+
+def tidy_up_when_terminated():
+    """Has SIGTERM end a campaign as Ctrl-C does: servers and directories go with it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Lines:
