@@ -8,7 +8,6 @@ in another language can be tried on them too. Made anew, when the format changes
 which leaves `found` alone: what the fuzzer has found there (`python -m proof.fuzz`).
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -383,12 +382,6 @@ def _slug(name):
     return name.lower().replace(" ", "-")
 
 
-def main(arguments=None):
-    options = argparse.ArgumentParser(prog="python -m proof.hostile", description=__doc__)
-    options.add_argument("--directory", type=Path, default=DIRECTORY)
-    write(options.parse_args(arguments).directory)
-
-
 def write(directory):
     """Writes all files, and their index; what has been found stays."""
     made = files()
@@ -402,4 +395,4 @@ def write(directory):
 
 
 if __name__ == "__main__":
-    main()
+    write(DIRECTORY)

@@ -196,7 +196,9 @@ def settings(directory, s3=None):
 
 
 def main(arguments=None):
-    options = parser("spoiling", __doc__.splitlines()[0]).parse_args(arguments)
+    options = parser("spoiling", __doc__.splitlines()[0])
+    options.add_argument("--share", type=float, default=1.0, help="of all bytes and lengths")
+    options = options.parse_args(arguments)
     rng = random.Random(options.seed)
     with (
         tempfile.TemporaryDirectory(prefix="spoiling-") as name,
@@ -205,7 +207,8 @@ def main(arguments=None):
     ):
         campaign = Campaign("spoiling", options, name)
         for setting in settings(Path(name), s3):
-            share = 0.01 if options.quick else 0.02 if setting.name == "a bucket of S3" else 1.0
+            share = 0.01 if options.quick else options.share
+            share *= 0.02 if setting.name == "a bucket of S3" else 1.0  # each takes ten requests
             for what, spoil in (
                 ("a bit of every byte of its small files, every bit of its markers", flip_files),
                 ("every length that is too short", cut_files),
