@@ -81,6 +81,28 @@ def test_a_script_that_was_killed_in_its_second_phase_goes_on_there(
     assert backup_dir.exists() != deletes
 
 
+def test_one_whose_end_is_not_known_does_not_write_over_the_backup_of_a_later_fit(
+    backup_dir, monkeypatch
+):
+    class WithoutEnd(stepsave.BackupAndRestore):
+        def set_params(self, params):
+            super().set_params({name: params[name] for name in params if name != "epochs"})
+
+    expected, _ = two_phases(None, "rate")
+    with pytest.raises(InterruptionError):
+        two_phases(backup_dir, "rate", ends_in=1)
+    new_process(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(stepsave, "BackupAndRestore", WithoutEnd)
+        with pytest.raises(stepsave.BackupMismatchError, match="cannot be passed over"):
+            two_phases(backup_dir, "rate")
+    new_process(monkeypatch)
+    with pytest.warns(ChangedTrainingWarning, match="of a later `fit` .* trains nothing now"):
+        found, epochs = two_phases(backup_dir, "rate")
+    assert epochs == [[], [2]]
+    assert found == expected
+
+
 @pytest.mark.parametrize("kind", ["layers", "rate"])
 def test_a_script_that_was_killed_in_its_first_phase_goes_on_there(kind, backup_dir, monkeypatch):
     expected, _ = two_phases(None, kind)

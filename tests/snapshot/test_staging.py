@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+import time
 import types
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import stepsave
 from stepsave.engine.commit import CommitProtocol
 from stepsave.snapshot import pages
+from stepsave.snapshot.filling import Filling
 from stepsave.snapshot.page_locks import NoPins
 from stepsave.snapshot.staging import Stager, choose_stager
 
@@ -214,6 +216,26 @@ def test_a_device_without_room_is_told_of_and_the_host_used(tmp_path, numbers, m
         saver.save(2, state)  # no second warning
         state = numbers.advance(state)
         assert_is_of(saver.restore(), 2)
+
+
+def test_a_stage_that_blocks_holds_the_call_up_until_all_is_on_the_host(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    real = Filling._fill
+
+    def fill_later(self, number, source):
+        time.sleep(0.05)
+        real(self, number, source)
+
+    monkeypatch.setattr(Filling, "_fill", fill_later)
+    monkeypatch.setattr(Stager, "blocks", True)
+    state = {f"w{i}": torch.full((200, 200), float(i)) for i in range(4)}
+    with stepsave.Checkpointer(tmp_path, snapshot="device") as saver:
+        saver.save(1, state)
+        assert saver._capture._filling.is_complete
+        for array in state.values():
+            array.fill_(-1)
+        found = saver.restore().state
+    assert all((found[f"w{i}"] == i).all() for i in range(4))
 
 
 def test_a_transfer_that_fails_fails_the_save_and_harms_no_older_backup(
