@@ -29,7 +29,12 @@ from stepsave.engine.known_files import is_spare
 from stepsave.engine.retention import Retention
 from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
 from stepsave.format.blueprint import Blueprint
-from stepsave.format.marker import decode_marker, encode_claim, encode_marker
+from stepsave.format.marker import (
+    FILE_LIMIT_BYTES,
+    decode_marker,
+    encode_claim,
+    encode_marker,
+)
 from stepsave.format.records import BackupRecord, Claim, FileRecord, Owner
 from stepsave.store import places
 from stepsave.store.local import LocalStore
@@ -44,7 +49,9 @@ records = st.builds(
     lambda step, **rest: BackupRecord(step=step, directory=str(step), **rest),
     step=sizes,
     nonce=st.text("0123456789abcdef", min_size=32, max_size=32),
-    files=st.lists(st.builds(FileRecord, names, sizes, checksums), max_size=5).map(tuple),
+    files=st.lists(
+        st.builds(FileRecord, names, st.integers(0, FILE_LIMIT_BYTES), checksums), max_size=5
+    ).map(tuple),
     shard_bytes=sizes,
     shard_digests=st.lists(checksums, max_size=5).map(tuple),
 )

@@ -24,6 +24,7 @@ from engine_support import (
 
 import stepsave
 from stepsave.errors import CorruptBackupError, FormatVersionError
+from stepsave.format import marker
 from stepsave.format.marker import decode_marker
 
 STATE = {
@@ -230,6 +231,18 @@ def save_more(directory):
         for step in (16, 17, 18):
             saver.save(step, OTHER).wait()
     assert_same_bits(restore_once(directory).state, OTHER)
+
+
+def test_what_could_not_be_read_back_is_not_committed(backup, monkeypatch):
+    monkeypatch.setattr(marker, "FILE_LIMIT_BYTES", 10_000)
+    with stepsave.Checkpointer(backup) as saver:
+        with pytest.raises(stepsave.SaveFailedError) as caught:
+            saver.save(6, STATE, {"much": "x" * 10_000}).wait()
+        assert isinstance(caught.value.__cause__, stepsave.InvalidStateError)
+        assert "training.json: expected at most 10000 bytes" in str(caught.value.__cause__)
+        assert_same_bits(saver.restore().state, STATE)
+        saver.save(7, OTHER).wait()
+    assert_same_bits(restore_once(backup).state, OTHER)
 
 
 def test_nothing_in_the_source_could_execute_a_backup():
