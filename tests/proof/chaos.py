@@ -29,7 +29,6 @@ know of its release 0.1.8:
 import collections
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import random
@@ -268,10 +267,6 @@ def versions():
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 
-def is_installed():
-    return importlib.util.find_spec("ckpt_chaos") is not None
-
-
 def chaos_table(results=RESULTS):
     """What it found, as Markdown.
 
@@ -294,7 +289,7 @@ def chaos_table(results=RESULTS):
     machine = document["machine"]
     caption = (
         "Verdicts of the public tester `ckpt-chaos`, which runs a training, kills it, and starts "
-        f"it again; {document['rounds']} rounds of at most {document['points']} kills per mode. "
+        f"it again; rounds: {document['rounds']}, of at most {document['points']} kills per mode. "
         f"{versions}; Linux {machine['kernel']}, {machine['file_system']}. A kill of a process is "
         "no power cut: nothing here tells who syncs."
     )
@@ -307,7 +302,7 @@ def chaos_table(results=RESULTS):
         "",
         *markdown_table(["", "processes", *names.values()], rows),
         "",
-        "How each was set up, once an epoch of three steps:",
+        "Each saves every three steps of twelve; a `fit`, as epochs end. How each was set up:",
         "",
         *(
             f"- {systems[name]['label']}: {systems[name]['settings']}"
