@@ -93,6 +93,8 @@ class CommitProtocol(Markers):
         # Directories that somebody still reads when they are retired, and those that are read now.
         self._left: list[BackupRecord] = []
         self.is_read: Callable[[str], bool] = lambda _: False
+        # Raises if the directory is not the one that was locked: then nothing is changed in it.
+        self.check_place: Callable[[], None] = lambda: None
         self.make_nonce: Callable[[int], str] = lambda _: os.urandom(16).hex()
         self._begin_ns = 0
         self.read_markers()
@@ -131,6 +133,7 @@ class CommitProtocol(Markers):
             OSError: If the file system refuses.
         """
         del step  # the directory gets its name when it is complete
+        self.check_place()
         if COMMIT in self.problems:
             raise self.problems[COMMIT]
         self._begin_ns = time.time_ns()
@@ -264,6 +267,7 @@ class CommitProtocol(Markers):
         self._spare_of = frozenset()
         self._written.clear()
         self._collected = False
+        self.check_place()
         if self._files.exists(self._spare):
             self._remove_backup(self._spare)
 
@@ -303,6 +307,7 @@ class CommitProtocol(Markers):
             self._retire(record)
 
     def _set_marker(self, name: str, *records: BackupRecord) -> None:
+        self.check_place()
         if records:
             self._files.replace(name, encode_marker(*records))
             return

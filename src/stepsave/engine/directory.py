@@ -23,6 +23,7 @@ from stepsave.errors import (
 )
 from stepsave.format.records import BackupRecord
 from stepsave.store.bucket import BucketStore
+from stepsave.store.lock import DirectoryLock
 from stepsave.store.places import Store
 from stepsave.threads import Crew
 
@@ -92,6 +93,9 @@ class BackupDirectory:
         is_shared = self._leading is not None
         self.protocol = _make_protocol(store, retention, is_shared=is_shared)
         self._lock.acquire()
+        if isinstance(self.protocol, CommitProtocol):
+            assert isinstance(self._lock, DirectoryLock)
+            self.protocol.check_place = self._lock.check_in_place
         self.protocol.read_markers()  # as they are now that nobody else can change them
         direct = choose_direct(store, writer)
         self.writer_name = "direct" if direct else "tensorstore"

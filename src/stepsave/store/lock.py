@@ -159,9 +159,30 @@ class DirectoryLock(ProcessHold):
             ) from e
         return fd
 
+    def check_in_place(self) -> None:
+        """Makes sure that the directory is the one that was locked.
+
+        Raises:
+            BackupDirectoryError: If it was removed or moved away, or its lock file was. Another
+                one of that name may be somebody else's, whom this lock does not keep away.
+        """
+        if not self._is_in_place():
+            raise BackupDirectoryError(
+                f"{self._directory}: expected the directory that was locked, but it or its "
+                f"{LOCK_NAME} was removed, replaced or moved away. Nothing was changed. Move it "
+                "back, or close this checkpointer and make a new one."
+            )
+
+    def _is_in_place(self) -> bool:
+        assert self._fd is not None
+        try:
+            return os.path.samestat(os.lstat(self._path), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def _let_go(self, *, remove: bool) -> None:
         assert self._fd is not None
-        if remove:
+        if remove and self._is_in_place():
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = None
