@@ -146,8 +146,11 @@ class SaveHandle:
 
     def failure(self) -> SaveFailedError:
         """The error to raise for a failed save, to be chained to its cause."""
+        error = self._error
+        # The text of an OSError has the file in it, its `repr` has not.
+        told = f"{type(error).__name__}: {error}".removesuffix(".")
         return SaveFailedError(
-            f"The save of step {self.step} failed: {self._error!r}. The backup before it is "
+            f"The save of step {self.step} failed: {told}. The backup before it is "
             "still valid. Mend the cause; later saves start afresh."
         )
 

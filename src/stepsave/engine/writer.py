@@ -179,7 +179,8 @@ class Writer:
         try:
             self._protocol.abandon()
         except BaseException as e:  # noqa: BLE001  as above
-            error.add_note(f"Cleaning up after it failed too: {e!r}")
+            if str(e) != str(error):
+                error.add_note(f"Cleaning up after it failed too: {e!r}")
 
 
 def start_threads(directory: str, lanes: int) -> tuple[Crew, Crew]:

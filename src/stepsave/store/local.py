@@ -18,7 +18,7 @@ from typing import Any
 from stepsave.errors import BackupDirectoryError, CorruptBackupError
 from stepsave.store.direct import BLOCK_BYTES, Piece, fill, overwrite
 from stepsave.store.lock import DirectoryLock
-from stepsave.store.whole_file import sync_path
+from stepsave.store.whole_file import opened, sync_path
 
 __all__ = ("LocalStore",)
 
@@ -189,16 +189,12 @@ class LocalStore:
     def write(self, path: str, data: bytes) -> None:
         """Writes a file and syncs its contents; its directory entry is not synced."""
         target = self.root / path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(target, flags, 0o666)
-        try:
+        with opened(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW) as fd:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
             # Without it a power cut can leave the file empty or torn under its name.
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """Writes files, as `write` does."""
@@ -383,34 +379,23 @@ class LocalStore:
         Returns:
             How many bytes it wrote.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self.root / path, flags, 0o666)
-        try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW
+        with opened(self.root / path, flags) as fd:
             return overwrite(fd, data, ranges or ((0, len(data)),))
-        finally:
-            os.close(fd)
 
     @contextlib.contextmanager
     def _open_regular(self, path: str):  # noqa: ANN202
         """Opens for reading; a link or a FIFO could lead outside or block for ever."""
         target = self.root / path
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fd = os.open(target, flags)
+            with opened(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode):
+                    raise CorruptBackupError(f"{target}: expected a regular file.")
+                yield fd, found.st_size
         except OSError as e:
             if e.errno == errno.ELOOP:
                 raise CorruptBackupError(
                     f"{target}: expected a regular file, found a symbolic link."
                 ) from e
             raise
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise CorruptBackupError(f"{target}: expected a regular file.")
-            yield fd, found.st_size
-        except OSError as e:
-            if e.filename is None or isinstance(e.filename, int):
-                e.filename = str(target)  # what reads from descriptors does not know it
-            raise
-        finally:
-            os.close(fd)

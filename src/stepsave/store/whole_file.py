@@ -7,16 +7,31 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-__all__ = ("new_file", "sync_path")
+__all__ = ("new_file", "opened", "sync_path")
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], flags: int) -> Generator[int]:
+    """Opens a file or directory by its descriptor; what fails meanwhile tells its name.
+
+    Yields:
+        The descriptor.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+    except OSError as e:
+        if e.filename is None or isinstance(e.filename, int):
+            e.filename = os.fspath(path)  # what writes to descriptors does not know it
+        raise
+    finally:
+        os.close(fd)
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
     """Makes what is in a file, or the entries of a directory, durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
