@@ -108,6 +108,7 @@ def test_a_hang_is_caught_by_the_limit_of_the_test_that_it_is_in(workshop):
         (None, (), {}, (), (False, True)),  # it hangs, and no limit of a test has ended it
         (1, (), {TEST: "assert 1 == 2"}, (), (True, True)),
         (1, (), {TEST: "NameError: name 'x' is not defined"}, (), (False, True)),
+        (1, (), {TEST: mutations.LIMIT}, (), (False, True)),  # a hang that is not expected
         (1, (), {f"{TEST}_else": "assert 1 == 2"}, (), (False, True)),
         (2, (), {}, (f"{TEST}, collection: SyntaxError",), (False, True)),
         (1, (), {}, (f"{TEST}, setup: OSError",), (False, True)),

@@ -140,7 +140,6 @@ def test_a_save_claims_then_collects_then_seals_then_publishes_then_retires(memo
     assert restored(memory.place).step == 2
 
 
-@pytest.mark.timeout(60)
 def test_what_has_no_answer_in_time_is_given_up(memory, monkeypatch):
     monkeypatch.setattr(bucket, "_PATIENCE_S", 0.2)
     store = bucket.BucketStore(stepsave.store.addresses.address_of(memory.place))
