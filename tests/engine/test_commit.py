@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -590,3 +591,14 @@ def test_the_metadata_of_a_save_is_proved_with_its_weights(tmp_path):
     assert json.loads(on_disk["training.json"].read_text())["metadata"] == {"epoch": 2}
     assert len(marker["shard_digests"]) == len(shards)
     assert np.array_equal(restore_once(tmp_path).state["optimizer"]["step"], 4)
+
+
+@pytest.mark.parametrize("writer", ["auto", "tensorstore"])
+def test_a_spare_that_lost_its_directory_of_shards_in_a_power_cut_is_made_anew(tmp_path, writer):
+    """btrfs can keep the files of a directory that was being made, and lose an empty one."""
+    for step in (1, 2):
+        save_once(tmp_path, state_of(step), step, writer=writer)
+    shutil.rmtree(tmp_path / "spare/pytree/d/c")
+    save_once(tmp_path, state_of(3), 3, writer=writer)
+    assert restore_once(tmp_path).step == 3
+    assert_is_state_of(restore_once(tmp_path))

@@ -1,7 +1,7 @@
 """Errors of the operating system, one after the other, at each operation of a save.
 
-After each: the save fails and tells the cause, the old backup is restored bit for bit, the next save
-works, and threads, descriptors, memory and files are what they were before.
+After each: the save fails and tells the cause, the old backup is restored bit for bit, the next
+save works, and threads, descriptors, memory and files are what they were before.
 """
 
 import itertools
