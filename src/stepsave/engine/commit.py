@@ -372,8 +372,9 @@ class CommitProtocol(Markers):
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
         """Whether `spare` has these constant files, and none that no such backup has."""
+        # A power cut can have lost it and kept the files: nothing in it was synced yet.
         if not self._files.is_directory(f"{self._spare}/{orbax.ARENA_PATH}/c"):
-            return False  # a power cut can lose one that is empty
+            return False
         for path, data in blueprint.files.items():
             name = f"{self._spare}/{path}"
             if self._files.size_bytes(name) != len(data):
