@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # What a newcomer waits for: each test that is quick, on all backends, each in its own process.
 test: $(VENV)/.test
 	@set -e; $(call part,the engine without Keras,tests/format tests/store tests/snapshot \
-	  tests/engine tests/test_*.py -n 2 --dist loadfile -m "$(QUICK)"); \
+	  tests/engine tests/testing tests/test_*.py -n 2 --dist loadfile -m "$(QUICK)"); \
 	left="$(QUICK)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
 	  $(call part,the callback on $$backend,tests/fit -n 2 --dist loadgroup -m "$$left"); \

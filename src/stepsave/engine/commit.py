@@ -372,14 +372,12 @@ class CommitProtocol(Markers):
 
     def _spare_fits(self, blueprint: Blueprint) -> bool:
         """Whether `spare` has these constant files, and none that no such backup has."""
-        # A power cut can have lost it and kept the files: nothing in it was synced yet.
         if not self._files.is_directory(f"{self._spare}/{orbax.ARENA_PATH}/c"):
-            return False
+            return False  # a power cut can lose it, being empty, and keep the files
         for path, data in blueprint.files.items():
             name = f"{self._spare}/{path}"
-            if self._files.size_bytes(name) != len(data):
-                return False
-            if self._files.read(name, len(data)) != data:
+            is_as_long = self._files.size_bytes(name) == len(data)
+            if not is_as_long or self._files.read(name, len(data)) != data:
                 return False
         shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
         expected = {*blueprint.files, *shards}
@@ -393,8 +391,7 @@ class CommitProtocol(Markers):
             self._spare_of = frozenset()
         if not self._files.exists(name):
             return
-        left = remove_known(self._files, name)
-        if left:
+        if left := remove_known(self._files, name):
             _logger.warning(
                 "%s: kept %d file(s) that stepsave did not write, %s among them.",
                 self._files.path(name),

@@ -32,8 +32,7 @@ class LocalStore:
     Attributes:
         root: The directory.
         is_remote: False: one call after the other is as fast as many at once.
-        lanes: Threads that write one save. They mostly sleep in the kernel: enough to keep a disk
-            busy.
+        lanes: Threads that write one save: enough to keep a disk busy, as they mostly sleep.
     """
 
     is_remote = False
