@@ -21,8 +21,8 @@ import engine_support
 
 import stepsave
 from stepsave.format import planning
-from stepsave.testing.crashes import ACKNOWLEDGED, DELETED, LOOK
-from stepsave.testing.strace_log import FAILED_SYNC, mark_in_trace
+from stepsave.testing.crashes import ACKNOWLEDGED, DELETED, FAILED_SYNC, LOOK
+from stepsave.testing.strace_log import mark_in_trace
 
 NAME = "new/backup"  # below the directory that is recorded: two levels are made
 
@@ -170,15 +170,16 @@ def end(run):
 
 
 @contextlib.contextmanager
-def failing_sync(mark, countdown):
-    """The sync with that number fails, of whatever it is."""
+def failing_sync(mark, countdown, path=""):
+    """The sync with that number fails, of what has such a path."""
     left = itertools.count(1)
 
     def failing(real):
         def sync(fd):
-            if next(left) != countdown:
+            found = os.readlink(f"/proc/self/fd/{fd}")
+            if not found.endswith(path) or next(left) != countdown:
                 return real(fd)
-            mark(f"{FAILED_SYNC}{os.readlink(f'/proc/self/fd/{fd}')}")
+            mark(f"{FAILED_SYNC}{found}")
             raise OSError(errno.EIO, "injected")
 
         return sync
@@ -191,11 +192,11 @@ def failing_sync(mark, countdown):
         os.fsync, os.fdatasync = real
 
 
-def save_with_a_fault(run, countdown):
+def save_with_a_fault(run, countdown, before=(1, 2, 3), path=""):
     with run.open() as saver:
-        run.save(saver, 1, 2, 3)
+        run.save(saver, *before)
         run.look()
-        with failing_sync(run.mark, countdown):
+        with failing_sync(run.mark, countdown, path):
             try:
                 saver.save(4, tiny_state(4), {"of": 4}).wait()
                 run.mark(ACKNOWLEDGED, 4)
@@ -303,6 +304,11 @@ SCENARIOS = {
     "delete": Scenario(delete),
     "delete several": Scenario(delete_several),
     "mark ended": Scenario(end, options={"double_checkpoint": True}),
+    "a sync of a new spare fails": Scenario(
+        functools.partial(
+            save_with_a_fault, countdown=1, before=(1,), path="spare/commit_success.txt"
+        )
+    ),
     "a spare that was not synced is taken over": Scenario(
         functools.partial(power_cut_after_a_kill, countdown=1, path="spare/commit_success.txt")
     ),

@@ -5,9 +5,10 @@ import sys
 import pytest
 from proof.crash_recording import why_no_strace
 
+from stepsave.testing.crashes import FAILED_SYNC
 from stepsave.testing.posix_model import Operation, Sync
 from stepsave.testing.recording import files_below, record
-from stepsave.testing.strace_log import FAILED_SYNC, MARK, parse_strace, strace_command
+from stepsave.testing.strace_log import MARK, parse_strace, strace_command
 
 SCRIPT = """
 import os, sys

@@ -148,9 +148,9 @@ class CommitProtocol(Markers):
                 self._remove_backup(self._spare)
                 self._spare = self._name_spare()
                 self._make_spare(blueprint)
-            # Without these a power cut can lose directories whose files are durable.
+            # Without it a power cut can lose directories whose files are durable. The entry of
+            # this one becomes durable when it gets its final name.
             self._files.sync_tree(self._spare)
-            self._files.sync_directory()
             self._spare_of = blueprint.records
         return self._spare
 

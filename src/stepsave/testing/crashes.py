@@ -31,6 +31,9 @@ from stepsave.testing.posix_model import (
 )
 
 __all__ = (
+    "ACKNOWLEDGED",
+    "DELETED",
+    "FAILED_SYNC",
     "LOOK",
     "CrashState",
     "OperationLog",
@@ -42,6 +45,9 @@ __all__ = (
 
 LOOK = "look from here"
 """A mark from which on states are enumerated; what is pending before it may still be lost."""
+
+FAILED_SYNC = "a sync failed: "
+"""A mark for one that a test has failed instead of the kernel; the path follows."""
 
 ACKNOWLEDGED = "acknowledged"
 DELETED = "deletion began"

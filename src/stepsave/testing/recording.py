@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepsave.testing.crashes import OperationLog
+from stepsave.testing.crashes import FAILED_SYNC, OperationLog
 from stepsave.testing.posix_model import (
     ROOT,
     Blob,
@@ -129,7 +129,11 @@ class LogBuilder:
             self.synced(node, failed=True)
 
     def mark(self, what: str, step: int = -1) -> None:
-        self.log.operations.append(Mark(what, step))
+        """Notes what whoever records says; `FAILED_SYNC` as a sync."""
+        if what.startswith(FAILED_SYNC):
+            self.failed_sync_of(what.removeprefix(FAILED_SYNC))
+        else:
+            self.log.operations.append(Mark(what, step))
 
     def check_complete(self, files: Mapping[str, bytes | None]) -> None:
         """Makes sure that what is there is what was recorded.

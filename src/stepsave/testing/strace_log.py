@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from stepsave.testing.crashes import OperationLog
 from stepsave.testing.recording import LogBuilder
 
-__all__ = ("FAILED_SYNC", "MARK", "TRACED", "mark_in_trace", "parse_strace", "strace_command")
+__all__ = ("MARK", "TRACED", "mark_in_trace", "parse_strace", "strace_command")
 
 TRACED = (
     "openat,open,creat,close,write,writev,pwrite64,pwritev,pwritev2,ftruncate,truncate,fallocate,"
@@ -23,9 +23,6 @@ TRACED = (
 )
 MARK = "/dev/null/stepsave-mark"
 """A path that nothing can be at: to ask for one below it leaves a mark in the trace."""
-
-FAILED_SYNC = "a sync failed: "
-"""A mark for one that a test has failed instead of the kernel; the path follows."""
 
 _CALL = re.compile(r"(\d+) +(\w+)\((.*)\) += +(-?\d+|\?)(.*)")
 _UNFINISHED = re.compile(r"(\d+) +(\w+)\((.*) <unfinished \.\.\.>")
@@ -98,10 +95,7 @@ class _Trace:
             path = _texts(arguments)[0].decode()
             if path.startswith(f"{MARK}/"):
                 step, _, what = path.removeprefix(f"{MARK}/").partition("/")
-                if what.startswith(FAILED_SYNC):
-                    self.builder.failed_sync_of(what.removeprefix(FAILED_SYNC))
-                else:
-                    self.builder.mark(what, int(step))
+                self.builder.mark(what, int(step))
         elif (
             result >= 0
             and _texts(arguments)
