@@ -12,7 +12,7 @@ from pathlib import Path
 
 from proof import injected
 from proof.faults import ERRORS, Sufferer
-from proof.lives import set_small_shards
+from proof.power_lives import set_small_shards
 from proof.record import Campaign, Row, parser
 
 WRITERS = "auto", "tensorstore"

@@ -16,7 +16,7 @@ import os, socket, sys
 from engine_support import assert_is_state_of, restore_once, state_of
 import stepsave
 from proof.faults import Held
-from proof.lives import set_small_shards
+from proof.power_lives import set_small_shards
 
 mouth = socket.socket(fileno=1)  # other calls of the kernel than those that files are written by
 

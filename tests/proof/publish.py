@@ -41,8 +41,10 @@ def table(results):
     ]
     cases, bad = (sum(r[key] for d in documents for r in d["rows"]) for key in ("cases", "bad"))
     machines = {_machine(document) for document in documents}
+    small = ", ".join(document["campaign"] for document in documents if document["quick"])
     return [
         f"{cases:,} cases, {bad:,} bad restores; taken on {'; '.join(sorted(machines))}.",
+        *([f"A sample only of: {small}."] if small else []),
         "",
         *markdown_table(["what was done", "cases", "bad restores", ""], rows),
     ]
