@@ -8,12 +8,14 @@ import itertools
 import random
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from proof import injected
 from proof.faults import ERRORS, Sufferer
 from proof.power_lives import set_small_shards
 from proof.record import Campaign, Row, parser
+from stepsave.errors import StepsaveError
 
 WRITERS = "auto", "tensorstore"
 KERNEL = (
@@ -42,8 +44,8 @@ def main(arguments=None):
             kept = "two kept" if double else "one kept"
             directory = Path(tempfile.mkdtemp(dir=folder), "backup")
             sufferer = Sufferer(directory, writer=writer, double_checkpoint=double)
-            _suffer(sufferer, turn, lasts, QUICK if options.quick else 1)
-            campaign.add(Row(f"{what}: writer {writer}, {kept}", sufferer.cases, 0))
+            bad = _suffer(sufferer, turn, lasts, QUICK if options.quick else 1)
+            campaign.add(Row(f"{what}: writer {writer}, {kept}", sufferer.cases, bad))
         if reason := injected.reason_not_to():
             print(f"skipped: errors by strace: {reason}")  # noqa: T201
             return 0
@@ -56,13 +58,22 @@ def main(arguments=None):
 
 
 def _suffer(sufferer, turn, lasts, every):
-    """Lets each operation fail, with each error that it may say."""
+    """Lets each operation fail, with each error that it may say, until a promise is broken.
+
+    Returns:
+        How many were broken: 1 at most, as afterwards nothing can be relied on.
+    """
     turns = range(1 if lasts or every > 1 else max(map(len, ERRORS.values())))
-    for leaves, more in itertools.product((None, 13), turns):
-        for number in itertools.count(1, every):
-            if not sufferer.suffer(number, turn + more, leaves=leaves, lasts=lasts):
-                break
-    sufferer.close()
+    try:
+        for leaves, more in itertools.product((None, 13), turns):
+            for number in itertools.count(1, every):
+                if not sufferer.suffer(number, turn + more, leaves=leaves, lasts=lasts):
+                    break
+        sufferer.close()
+    except (AssertionError, StepsaveError):
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

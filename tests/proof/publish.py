@@ -27,18 +27,17 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     replace(options.document, "proof", "\n".join(table(options.results)))
+    if (options.results / "mutations.json").exists():
+        replace(options.document, "mutations", "\n".join(mutations_table(options.results)))
     if (options.results / "chaos.json").exists():
         for document in options.chaos:
             replace(document, "chaos", "\n".join(chaos_table(options.results)))
 
 
 def table(results):
+    """What was tried on backups, and what came of it: of chaos and mutations there are others."""
     documents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    rows = [
-        [row["what"], f"{row['cases']:,}", f"{row['bad']:,}" if row["bad"] else "0", row["notes"]]
-        for document in documents
-        for row in document["rows"]
-    ]
+    documents = [one for one in documents if one["campaign"] not in ("chaos", "mutations")]
     cases, bad = (sum(r[key] for d in documents for r in d["rows"]) for key in ("cases", "bad"))
     machines = {_machine(document) for document in documents}
     small = ", ".join(document["campaign"] for document in documents if document["quick"])
@@ -46,7 +45,27 @@ def table(results):
         f"{cases:,} cases, {bad:,} bad restores; taken on {'; '.join(sorted(machines))}.",
         *([f"A sample only of: {small}."] if small else []),
         "",
-        *markdown_table(["what was done", "cases", "bad restores", ""], rows),
+        *markdown_table(["what was done", "cases", "bad restores", ""], _rows(documents)),
+    ]
+
+
+def mutations_table(results):
+    """How the product was broken, and how often nobody noticed."""
+    document = json.loads((results / "mutations.json").read_text())
+    count, missed = (sum(row[key] for row in document["rows"]) for key in ("cases", "bad"))
+    return [
+        f"{count:,} mutations, {missed:,} not noticed; taken on {_machine(document)}.",
+        *(["A sample only."] if document["quick"] else []),
+        "",
+        *markdown_table(["what was broken", "mutations", "not noticed", ""], _rows([document])),
+    ]
+
+
+def _rows(documents):
+    return [
+        [row["what"], f"{row['cases']:,}", f"{row['bad']:,}", row["notes"]]
+        for document in documents
+        for row in document["rows"]
     ]
 
 
