@@ -53,14 +53,21 @@ def test_each_mutation_names_tests_that_there_are():
     for mutation in MUTATIONS:
         assert mutation.tests, mutation.what
         for test in mutation.tests:
-            file, _, name = test.partition("::")
-            assert not name or mutations.without_parameters(name) in functions_of(file), test
+            file, *names = mutations.without_parameters(test).split("::")
+            known = defined_in(file)
+            if names[1:]:  # what a class may have inherited
+                known = known.union(*map(defined_in, CONTRACTS))
+            assert known.issuperset(names), test
+
+
+CONTRACTS = [str(path) for path in sorted((SOURCE / "testing").glob("*contract.py"))]
 
 
 @functools.cache
-def functions_of(file):
+def defined_in(file):
     tree = ast.parse((mutations.ROOT / file).read_text())
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    kinds = ast.FunctionDef, ast.ClassDef
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
 
 
 @pytest.mark.parametrize("text", ["", "once, and once more: once"])
