@@ -26,8 +26,6 @@ from keras_support import (
 
 import stepsave
 from stepsave import BackupAndRestore, Preempted
-from stepsave.engine.checkpointer import Checkpointer
-from stepsave.engine.commit import CommitProtocol
 from stepsave.fit.preemption import PreemptionSignals
 from stepsave.testing import FaultStore
 
@@ -116,36 +114,6 @@ def test_a_signal_on_the_way_through_trained_batches_does_not_wait_for_its_end(b
     # The last data was left where the signal came, but by `tf.data`, which reads as it likes.
     assert BACKEND == "tensorflow" or reads == [0, 1, 2, 3]
     assert train(rows(), preemptible(backup_dir)) == {STEPS}
-
-
-def test_with_a_busy_disk_the_last_save_is_not_skipped(backup_dir, monkeypatch):
-    gate, told = threading.Event(), []
-    begin, drain = CommitProtocol.begin, Checkpointer.drain
-
-    def begin_later(self, *request):
-        assert gate.wait(60)
-        return begin(self, *request)
-
-    def drain_at_last(self):
-        if told:
-            gate.set()
-        drain(self)
-
-    class Tell(Kill):
-        def kill(self):
-            told.append(True)
-            super().kill()
-
-    monkeypatch.setattr(CommitProtocol, "begin", begin_later)
-    monkeypatch.setattr(Checkpointer, "drain", drain_at_last)
-    options = {"save_before_preemption": True, "when_busy": "skip"}
-    callback = BackupAndRestore(backup_dir, 1, **options)
-    with pytest.raises(Preempted, match="step 5 is saved"):
-        fit(step_model(), Tell(batch=4), callback)
-    leave(callback)
-    model = step_model()
-    restored(model, backup_dir)
-    assert step_numbers(model) == {5}
 
 
 def test_nothing_is_saved_twice(backup_dir, saves):

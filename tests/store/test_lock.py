@@ -78,6 +78,9 @@ def test_one_process_gets_a_directory_once(tmp_path):
     try:
         with pytest.raises(DirectoryBusyError, match="another checkpointer of this process"):
             taken(tmp_path)
+        DirectoryLock(tmp_path).release()  # of one that was refused
+        with pytest.raises(DirectoryBusyError, match="another checkpointer of this process"):
+            taken(tmp_path)
         assert str(tmp_path) in check_python(TRY, tmp_path)  # and no other process gets it
     finally:
         lock.release()
