@@ -163,16 +163,20 @@ def change_json(directory, path, change):
     replace_proved(directory, path, json.dumps(document).encode())
 
 
+def child_environment(**more):
+    """The environment of child processes: they find the tests' modules, and the same stepsave."""
+    paths = filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
 def run_python(script, *args, timeout=90, prefix=(), **options):
     """Runs a script in a fresh interpreter with the warnings of the test run."""
-    paths = filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [*prefix, sys.executable, "-c", script, *map(str, args)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=child_environment(),
         check=False,
         **options,
     )

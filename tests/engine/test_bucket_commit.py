@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorstore
 from bucket_support import BUCKET, gcs, gcs_target, memory, s3, s3_environment, s3_target
-from engine_support import SMALL_SHARDS, assert_is_state_of, assert_same_bits, state_of
+from engine_support import (
+    SMALL_SHARDS,
+    assert_is_state_of,
+    assert_same_bits,
+    child_environment,
+    state_of,
+)
 
 import stepsave
 from stepsave.engine.bucket_commit import BucketCommit
@@ -449,14 +454,12 @@ with stepsave.Checkpointer(sys.argv[1]) as saver:
 
 
 def child_of(proxy, place):
-    tests = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, place],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **s3_environment(proxy.url), "PYTHONPATH": paths},
+        env=child_environment(**s3_environment(proxy.url)),
     )
 
 

@@ -5,13 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from engine_support import (
     SMALL_SHARDS,
     assert_is_state_of,
     check_python,
+    child_environment,
     in_own_mounts,
     restore_once,
     run_python,
@@ -73,12 +73,11 @@ sys.stdin.read()
 
 
 def test_a_second_process_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-c", SAVE_ON, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env=child_environment(),
         text=True,
     ) as first:
         assert first.stdout.readline() == "saved\n"

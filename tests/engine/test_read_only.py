@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from engine_support import (
     assert_is_state_of,
     assert_same_bits,
     check_python,
+    child_environment,
     flip_bit,
     in_own_mounts,
     random_array,
@@ -178,11 +178,10 @@ with stepsave.Checkpointer(sys.argv[1], double_checkpoint=sys.argv[2] == "True")
 @pytest.mark.parametrize("double", [False, True])
 def test_while_another_process_saves_each_backup_read_is_of_one_step(tmp_path, double, monkeypatch):
     monkeypatch.setattr(attempts, "ATTEMPTS", 1000)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-c", WRITE_ON, str(tmp_path), str(double)],
         stdout=subprocess.PIPE,
-        env=environment,
+        env=child_environment(),
         text=True,
     ) as writer:
         try:

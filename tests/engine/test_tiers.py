@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 from bucket_support import memory, s3, s3_environment, s3_target
-from engine_support import SMALL_SHARDS, assert_is_state_of, flip_bit, state_of
+from engine_support import SMALL_SHARDS, assert_is_state_of, child_environment, flip_bit, state_of
 
 import stepsave
 from stepsave.engine.uploading import UploadPace
@@ -332,10 +331,8 @@ def test_an_older_backup_on_the_disk_is_not_uploaded_over_a_newer_one(memory, lo
 
 @pytest.mark.parametrize("steps", [1, 4, 9, 20])
 def test_a_killed_process_leaves_both_places_whole(s3, local, steps):
-    tests = str(Path(__file__).parents[1])
-    paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", CHILD, s3.place, str(local)]
-    environment = {**os.environ, **s3_environment(s3.url), "PYTHONPATH": paths}
+    environment = child_environment(**s3_environment(s3.url))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         for line in child.stdout:
             if int(line) >= steps:
