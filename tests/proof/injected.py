@@ -74,7 +74,11 @@ class Sufferer:
         ours.settimeout(LIMIT_S)
         self._said = ours.makefile()
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=theirs, stderr=pipe, text=True)
+        # SUFFER imports what this process does, however it came by it.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=theirs, stderr=pipe, text=True, env=environment
+        )
         ours.close()
         theirs.close()
 

@@ -90,6 +90,7 @@ class CommitProtocol(Markers):
         # What shards are known to hold, by directory: what this object has seen made durable.
         self._written: dict[str, Written] = {}
         self._collected = False
+        self._is_doubtful = False  # whether `spare` may be of a save that failed
         # Directories that somebody still reads when they are retired, and those that are read now.
         self._left: list[BackupRecord] = []
         self.is_read: Callable[[str], bool] = lambda _: False
@@ -126,8 +127,7 @@ class CommitProtocol(Markers):
             step: Of the save.
 
         Raises:
-            CorruptBackupError: If a marker cannot be read, and so nobody knows which of
-                the directories is valid.
+            CorruptBackupError: If a marker cannot be read, so that nobody knows what is valid.
             OSError: If the file system refuses.
         """
         del step  # the directory gets its name when it is complete
@@ -137,8 +137,10 @@ class CommitProtocol(Markers):
         if not self._collected:
             self.collect()
         self._retire_left()
-        if self._files.has_links(self._spare):  # what they lead to is somebody else's
+        # Through links what is somebody else's would be written.
+        if self._is_doubtful or self._files.has_links(self._spare):
             self._remove_backup(self._spare)
+            self._is_doubtful = False
         if blueprint.records != self._spare_of:
             if self._spare_fits(blueprint):
                 # A process that was killed may have written it, and synced none of it.
@@ -227,9 +229,8 @@ class CommitProtocol(Markers):
         try:
             self._retire_all_but(self._retention.choose(older), older)
         except OSError as e:
-            # The new backup is committed all the same, so the save has not failed. What
-            # could not be put away is unreferenced; the next `begin` tries again, and
-            # fails if it cannot either.
+            # The new backup is committed all the same. What could not be put away is unreferenced:
+            # the next `begin` tries again, or fails.
             _logger.warning("%s: could not retire an old backup: %s", self._files.root, e)
             self._spare_of, self._collected = frozenset(), False
 
@@ -271,7 +272,7 @@ class CommitProtocol(Markers):
         After a failed sync the kernel may call pages clean that never reached the disk:
         the same file cannot be trusted even if a later sync succeeds.
         """
-        self._spare_of = frozenset()
+        self._is_doubtful = True  # if it cannot be removed now, the next `begin` does it
         self._written.clear()
         self._collected = False
         if self._files.exists(self._spare):
@@ -330,9 +331,8 @@ class CommitProtocol(Markers):
         # A killed process may have replaced a marker and not synced that. Without it a power cut
         # can bring the old one back after the backup that it names was retired.
         self._files.sync_directory()
-        # They differ after `fall_back`, and after a publish that failed half way. A marker
-        # must stop naming a backup before anything of that backup is touched; COMMIT first,
-        # so that at every instant one of the markers names a backup that can be read.
+        # They differ after `fall_back`, and after a publish that failed half way. A marker must not
+        # name what is touched; COMMIT first, so that at each instant one names what can be read.
         newest = () if self.committed is None else (self.committed,)
         for name, records in ((COMMIT, newest), (PREVIOUS, self.kept)):
             if self.on_disk(name) != records:
