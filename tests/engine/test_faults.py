@@ -137,12 +137,14 @@ assert_is_state_of(restore_once(directory))
 
 
 END = "import signal; signal.raise_signal(signal.{})"
+# A suite that a shell has started in the background inherits that Ctrl-C is ignored.
+HEAR = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 # What a script does at its end, its exit code, what it says, and whether saves are finished.
 ENDINGS = {
     "return": ("pass", 0, "", True),
     "sys.exit": ("sys.exit(3)", 3, "", True),
     "error": ("raise KeyError('boom')", 1, r".*KeyError: 'boom'\n", True),
-    "Ctrl-C": (END.format("SIGINT"), -signal.SIGINT, r".*KeyboardInterrupt\n", True),
+    "Ctrl-C": (HEAR + END.format("SIGINT"), -signal.SIGINT, r".*KeyboardInterrupt\n", True),
     "SIGTERM": (END.format("SIGTERM"), -signal.SIGTERM, "", False),
     "SIGTERM, handled": (
         f"import signal; signal.signal(15, lambda *_: sys.exit(5)); {END.format('SIGTERM')}",
