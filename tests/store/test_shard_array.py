@@ -12,13 +12,18 @@ from stepsave.store.local import LocalStore
 from stepsave.store.shard_array import ShardArray
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_a_shard_is_the_file_with_these_very_bytes(tmp_path):
+@pytest.fixture
+def made(tmp_path, small_shards):  # noqa: ARG001
     store = LocalStore(tmp_path)
     plan = compile_layout([LeafSpec(("a",), (200_000,), "uint8")])
     for path, data in orbax.constant_files(plan).items():
         (tmp_path / "spare" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "spare" / path).write_bytes(data)
+    return store, plan
+
+
+def test_a_shard_is_the_file_with_these_very_bytes(made):
+    store, plan = made
     array = ShardArray(store, "spare", plan)
     assert plan.shard_count > 1
     for number in reversed(range(plan.shard_count)):
