@@ -1,6 +1,7 @@
 """Makes the support modules importable, also in child processes; what engine tests share."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 # No deadline, as other tests share the machine; no database, as nothing may be left behind.
 settings.register_profile("engine", deadline=None, database=None, print_blob=True)
 settings.load_profile("engine")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell has it that starts the suite in the background; child processes would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, os.path.dirname(__file__))
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -27,7 +28,12 @@ import stepsave
 from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE, CommitProtocol
 from stepsave.engine.known_files import is_spare
 from stepsave.engine.retention import Retention
-from stepsave.errors import BackupDirectoryError, CorruptBackupError, FormatVersionError
+from stepsave.errors import (
+    BackupDirectoryError,
+    CorruptBackupError,
+    FormatVersionError,
+    InvalidStateError,
+)
 from stepsave.format.blueprint import Blueprint
 from stepsave.format.marker import (
     FILE_LIMIT_BYTES,
@@ -113,6 +119,16 @@ def test_a_marker_is_these_very_bytes():
     )
     line = f"stepsave-commit 1 {crc32c(body):08x} {len(body)}\n".encode()
     assert encode_marker(record) == line + body
+
+
+def test_a_file_that_no_restore_would_read_is_not_committed():
+    files = (FileRecord("training.json", FILE_LIMIT_BYTES + 1, 7),)
+    record = BackupRecord(12, "12", "ab", files, 4096, (1,))
+    with pytest.raises(InvalidStateError, match="bytes beside the arrays, found 1073741825"):
+        encode_marker(record)
+    files = (FileRecord("training.json", FILE_LIMIT_BYTES, 7),)
+    (found,) = decode_marker(encode_marker(dataclasses.replace(record, files=files)), "the/path")
+    assert found.files == files
 
 
 def test_a_marker_from_the_future_is_told_from_a_corrupt_one():

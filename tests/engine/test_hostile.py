@@ -207,6 +207,14 @@ def test_nothing_is_written_where_a_link_leads_to(backup, tmp_path_factory, link
     assert tree_bytes(outside) == before
 
 
+def test_a_flipped_bit_is_told_by_its_array_its_chunk_and_its_bytes(backup):
+    flip_bit(backup / "5/pytree/d/c/0", 50)
+    with pytest.raises(CorruptBackupError) as caught:
+        restore_once(backup)
+    told = "5/pytree/d/c/0: data of 'a' (chunk (0, 0), bytes 0 to 14400): expected CRC-32C "
+    assert told in str(caught.value)
+
+
 def test_a_copy_by_hard_links_stays_as_it_was(backup, tmp_path_factory):
     """As `cp -al` makes it, and programs that keep many generations of a directory."""
     copies = [tmp_path_factory.mktemp("copy") / "there" for _ in range(2)]
