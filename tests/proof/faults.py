@@ -34,12 +34,14 @@ class Fault:
 
     Attributes:
         said: Name of the call, where, and name of the error; None before it came to that.
+        errors: Names of all errors, if more than one operation failed.
         retried: Files whose sync failed and that were synced again: a kernel may call pages clean
             that it could not write, so a second sync that succeeds tells nothing.
     """
 
     def __init__(self, number, turn, *, lasts=False):
         self.said = None
+        self.errors = set()
         self.retried = []
         self._left, self._turn, self._lasts = number, turn, lasts
         self._guard = threading.Lock()
@@ -75,6 +77,7 @@ class Fault:
             errors = ERRORS[name]
             error = errors[self._turn % len(errors)]
             self.said = self.said or (name, _path(target), error)
+            self.errors.add(error)
             found = os.fstat(target) if is_sync else None
             if is_sync and stat.S_ISREG(found.st_mode):
                 self._failed[found.st_ino] = os.dup(target)
@@ -157,7 +160,7 @@ class Sufferer:
                 handle.wait()
                 return False
             self.cases += 1
-            committed = self._is_told(handle, fault.said)
+            committed = self._is_told(handle, fault)
             # If what failed was the last sync, the new one may be there as well.
             found = self._check({self._step} if committed else {before, self._step})
             self._step = max(self._step, found)
@@ -169,15 +172,20 @@ class Sufferer:
         assert Held.by(self._saver) == held, f"{fault.said}: {Held.by(self._saver)}, before {held}"
         return True
 
-    def _is_told(self, handle, said):
-        """Whether the save was committed all the same; if not, that its error tells the cause."""
+    def _is_told(self, handle, fault):
+        """Whether the save was committed all the same; if not, that its error tells the cause.
+
+        Of several threads that fail at once any may be the one that tells it.
+        """
+        said = fault.said
+        causes = [os.strerror(getattr(errno, error)) for error in fault.errors]
         try:
             handle.wait()
         except stepsave.SaveFailedError as e:
-            expected = f"step {handle.step}", os.strerror(getattr(errno, said[2]))
-            missing = [one for one in (*expected, str(self._directory)) if one not in str(e)]
-            if missing:
-                raise AssertionError(f"{said}: {missing} not told") from e
+            expected = f"step {handle.step}", str(self._directory)
+            missing = [one for one in expected if one not in str(e)]
+            if missing or not any(cause in str(e) for cause in causes):
+                raise AssertionError(f"{said}: {missing or causes} not told") from e
             return False
         # After the commit, what was to be put away stays until the next save.
         newest = int(_newest(self._directory))
