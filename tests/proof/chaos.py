@@ -290,11 +290,12 @@ def versions():
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 
-def chaos_table(results=RESULTS):
+def chaos_table(results=RESULTS, *, is_brief=False):
     """What it found, as Markdown.
 
     Args:
         results: The folder with `chaos.json`.
+        is_brief: Whether to leave out how each system was set up.
     """
     document = json.loads((results / "chaos.json").read_text())
     systems, found = document["systems"], document["table"]
@@ -325,10 +326,13 @@ def chaos_table(results=RESULTS):
         for row in found
         if row["not_driven"]
     ]
+    table = markdown_table(["", "processes", *names.values()], rows)
+    if is_brief:
+        return [caption, "", *table]
     return [
         caption,
         "",
-        *markdown_table(["", "processes", *names.values()], rows),
+        *table,
         "",
         "Each saves every three steps of twelve; a `fit`, as epochs end. How each was set up:",
         "",

@@ -31,7 +31,8 @@ def main(arguments=None):
         replace(options.document, "mutations", "\n".join(mutations_table(options.results)))
     if (options.results / "chaos.json").exists():
         for document in options.chaos:
-            replace(document, "chaos", "\n".join(chaos_table(options.results)))
+            lines = chaos_table(options.results, is_brief=document.name == README.name)
+            replace(document, "chaos", "\n".join(lines))
 
 
 def table(results):
