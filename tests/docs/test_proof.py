@@ -46,7 +46,7 @@ def test_a_bad_restore_is_published_as_such(tmp_path, capsys):
     assert campaign.bad == 2
     assert "cut: 34 cases, 2 bad. of ext4" in capsys.readouterr().out
     lines = publish.table(tmp_path)
-    assert lines[0].startswith("1,234 cases, 2 bad restores; taken on")
+    assert lines[0].startswith("1,234 cases, 2 bad; taken on")
     assert lines[1] == "A sample only of: some."
     assert "| killed | 1,200 | 0 |  |" in lines
     assert "| cut | 34 | 2 | of ext4 |" in lines

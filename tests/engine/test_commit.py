@@ -696,23 +696,6 @@ def test_what_a_power_cut_makes_of_the_lock_file_is_no_reason_to_refuse(tmp_path
     assert_is_state_of(restore_once(tmp_path))
 
 
-def test_two_markers_that_name_one_backup_are_as_good_as_one(tmp_path):
-    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
-        for step in (1, 2, 3):
-            saver.save(step, state_of(step)).wait()
-    # What a process leaves that goes back from step 3 to 2 and dies between its two markers.
-    records = decode_marker((tmp_path / PREVIOUS).read_bytes(), PREVIOUS)
-    (tmp_path / COMMIT).write_bytes(encode_marker(records[0]))
-    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
-        assert saver.restore().step == 2
-        assert [record.step for record in saver.kept] == [1]
-        saver.save(4, state_of(4)).wait()
-    with stepsave.Checkpointer(tmp_path, keep=2) as saver:
-        assert [record.step for record in saver.kept] == [2, 1]
-        for step in (4, 2, 1):
-            assert_is_state_of(saver.restore(step=step))
-
-
 @pytest.mark.parametrize("writer", ["auto", "tensorstore"])
 def test_a_spare_that_lost_its_directory_of_shards_in_a_power_cut_is_made_anew(tmp_path, writer):
     """btrfs can keep the files of a directory that was being made, and lose an empty one."""

@@ -43,10 +43,10 @@ def table(results):
     machines = {_machine(document) for document in documents}
     small = ", ".join(document["campaign"] for document in documents if document["quick"])
     return [
-        f"{cases:,} cases, {bad:,} bad restores; taken on {'; '.join(sorted(machines))}.",
+        f"{cases:,} cases, {bad:,} bad; taken on {'; '.join(sorted(machines))}.",
         *([f"A sample only of: {small}."] if small else []),
         "",
-        *markdown_table(["what was done", "cases", "bad restores", ""], _rows(documents)),
+        *markdown_table(["what was done", "cases", "bad", ""], _rows(documents)),
     ]
 
 
