@@ -11,9 +11,14 @@ from hypothesis import settings
 settings.register_profile("engine", deadline=None, database=None, print_blob=True)
 settings.load_profile("engine")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So a shell has it that starts the suite in the background; child processes would inherit it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the suite in the background, or `nohup`, has these ignored; child processes
+# would inherit it.
+for signum, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 sys.path.insert(0, os.path.dirname(__file__))
 

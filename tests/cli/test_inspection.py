@@ -1,6 +1,7 @@
 """`stepsave inspect`: what is there, as text and as JSON."""
 
 import datetime as dt
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from cli_support import (
 from engine_support import check_python, flip_bit, in_own_mounts, save_once, state_of, tree_bytes
 
 import stepsave
+from stepsave.cli import inspection
 from stepsave.format.records import DTYPES
 
 __all__ = ("s3", "s3_target")
@@ -206,6 +208,25 @@ def test_it_says_what_else_lies_there_and_why(backup):
     text = ask("inspect", backup)
     assert "  spare       1.00 kB  not valid: the next save is written over it" in text
     assert "nobody holds it" in text
+
+
+def test_of_a_spare_that_a_training_takes_meanwhile_what_is_there_counts(
+    backup, monkeypatch, capsys
+):
+    (backup / "spare" / "pytree").mkdir(parents=True)
+    (backup / "spare" / "layout.json").write_text("{}")
+    (backup / "spare" / "pytree" / "0").write_text("shard")
+    walk = os.walk
+
+    def walk_and_take(path):
+        for directory, *names in walk(path):
+            (backup / "spare" / "pytree" / "0").unlink(missing_ok=True)
+            yield directory, *names
+
+    monkeypatch.setattr(os, "walk", walk_and_take)
+    assert inspection.run(str(backup), as_json=True, with_statistics=False) == 0
+    others = json.loads(capsys.readouterr().out)["others"]
+    assert [one["bytes"] for one in others if one["name"] == "spare"] == [2]
 
 
 TRAINING = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def _in_directory(store: LocalStore, markers: Markers) -> Iterator[Document]:
 
 def _size_bytes(path: Path) -> int:
     """Size of a file, or of all files below a directory; what goes meanwhile does not count."""
-    if path.is_symlink() or not path.is_dir():
-        return os.lstat(path).st_size if os.path.lexists(path) else 0
+    files = [path]
+    if path.is_dir() and not path.is_symlink():
+        files = [Path(directory, name) for directory, _, names in os.walk(path) for name in names]
     total = 0
-    for directory, _, names in os.walk(path):
-        for name in names:
-            file = Path(directory, name)
-            total += os.lstat(file).st_size if os.path.lexists(file) else 0
+    for file in files:
+        with suppress(FileNotFoundError):  # a training that saves there renames and removes
+            total += os.lstat(file).st_size
     return total
 
 
