@@ -206,7 +206,7 @@ def test_it_says_what_else_lies_there_and_why(backup):
         "LOCK": ("lock", (backup / "LOCK").stat().st_size),
     }
     text = ask("inspect", backup)
-    assert "  spare       1.00 kB  not valid: the next save is written over it" in text
+    assert "  spare       1.00 kB  not valid: the next save replaces it" in text
     assert "nobody holds it" in text
 
 

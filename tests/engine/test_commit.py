@@ -243,7 +243,8 @@ def test_an_unreferenced_backup_is_renamed_before_anything_of_it_goes(tmp_path, 
     shutil.copytree(tmp_path / "1", tmp_path / "2")  # sealed, and not published
     log().clear()
     save_once(tmp_path, state_of(3), step=3)
-    assert [entry for entry in log() if re.search(r" 2(/|\b)", entry)] == ["rename 2 spare"]
+    (renamed,) = [entry for entry in log() if re.search(r" 2(/|\b)", entry)]
+    assert re.fullmatch("rename 2 spare-[0-9a-f]{8}", renamed)
     assert_is_state_of(restore_once(tmp_path))
 
 

@@ -25,7 +25,7 @@ Document = dict[str, Any]
 _DEBRIS = "debris"
 _TEXTS = {
     "lock": "nobody holds it",
-    "spare": "not valid: the next save is written over it",
+    "spare": "not valid: the next save replaces it",
     "temporary": "of a commit, under way or interrupted",
     _DEBRIS: "not valid: of a save, under way or interrupted",
     "junk": "of the file system or a desktop: left where it is",

@@ -10,7 +10,7 @@ A marker file (`stepsave.format.marker`) names the valid backup, and proves it.
 
 If some before the newest are kept, a second marker, `PREVIOUS`, names them all, and the oldest that
 is not to be kept is retired. A crash between any two operations leaves the old backup valid or
-the new one; what it leaves lying about is taken in by the next `begin`.
+the new one; what it leaves lying about is removed by the next `begin`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from stepsave.engine.known_files import (
     is_training,
     refuse_foreign,
     remove_known,
-    without_junk,
 )
 from stepsave.engine.markers import Markers
 from stepsave.engine.retention import Retention
@@ -90,7 +89,6 @@ class CommitProtocol(Markers):
         # What shards are known to hold, by directory: what this object has seen made durable.
         self._written: dict[str, Written] = {}
         self._collected = False
-        self._is_doubtful = False  # whether `spare` may be of a save that failed
         # Directories that somebody still reads when they are retired, and those that are read now.
         self._left: list[BackupRecord] = []
         self.is_read: Callable[[str], bool] = lambda _: False
@@ -137,23 +135,13 @@ class CommitProtocol(Markers):
         if not self._collected:
             self.collect()
         self._retire_left()
-        # Through links what is somebody else's would be written.
-        if self._is_doubtful or self._files.has_links(self._spare):
+        # Through links what is somebody else's would be written. And what is not known to be made
+        # durable by a backup that was valid cannot be made so later: a sync that has failed in a
+        # process that is dead by now is not told of again.
+        if blueprint.records != self._spare_of or self._files.has_links(self._spare):
             self._remove_backup(self._spare)
-            self._is_doubtful = False
-        if blueprint.records != self._spare_of:
-            if self._spare_fits(blueprint):
-                # A process that was killed may have written it, and synced none of it.
-                for path in blueprint.files:
-                    self._files.sync_file(f"{self._spare}/{path}")
-            else:
-                self._remove_backup(self._spare)
-                self._spare = self._name_spare()
-                self._make_spare(blueprint)
-            # Without it a power cut can lose directories whose files are durable. The entry of
-            # this one becomes durable when it gets its final name.
-            self._files.sync_tree(self._spare)
-            self._spare_of = blueprint.records
+            self._spare = self._name_spare()
+            self._make_spare(blueprint)
         return self._spare
 
     def take_written(self, plan: LayoutPlan, numbers: range) -> Written | None:
@@ -232,7 +220,7 @@ class CommitProtocol(Markers):
             # The new backup is committed all the same. What could not be put away is unreferenced:
             # the next `begin` tries again, or fails.
             _logger.warning("%s: could not retire an old backup: %s", self._files.root, e)
-            self._spare_of, self._collected = frozenset(), False
+            self._collected = False
 
     def mark_ended(self) -> None:
         """Notes with the newest backup that its training has come to its end."""
@@ -272,9 +260,8 @@ class CommitProtocol(Markers):
         After a failed sync the kernel may call pages clean that never reached the disk:
         the same file cannot be trusted even if a later sync succeeds.
         """
-        self._is_doubtful = True  # if it cannot be removed now, the next `begin` does it
         self._written.clear()
-        self._collected = False
+        self._collected = False  # if it cannot be removed now, the next `begin` does it
         if self._files.exists(self._spare):
             self._remove_backup(self._spare)
 
@@ -323,10 +310,8 @@ class CommitProtocol(Markers):
         self._files.sync_directory()
 
     def collect(self) -> None:
-        """Takes in what earlier runs left: unreferenced backups and temporary files.
-
-        One of them may be the spare directory afterwards, for the next save.
-        """
+        """Removes what earlier runs left: unreferenced backups and temporary files."""
+        self._spare_of = frozenset()
         self._written.clear()
         # A killed process may have replaced a marker and not synced that. Without it a power cut
         # can bring the old one back after the backup that it names was retired.
@@ -342,22 +327,18 @@ class CommitProtocol(Markers):
             self._files.remove(name)
         kept = self._names() | {record.directory for record in self._left}
         for name in self._files.list():
-            if is_spare(name) and (self._is_shared or name != SPARE):
+            if is_spare(name):
                 self._remove_backup(name)
             elif name.isdigit() and name not in kept and not self.is_read(name):
-                _logger.debug("%s: taking in unreferenced backup %s", self._files.root, name)
-                self._remove_backup(self._spare)  # and forget what it held
-                if self._files.exists(self._spare):  # with what is not ours in it
-                    self._remove_backup(name)
-                    continue
+                _logger.debug("%s: removing unreferenced backup %s", self._files.root, name)
                 # Renamed first: a half-removed directory must not look like a backup.
-                self._files.rename(name, self._spare)
-                if self._is_shared:
-                    self._remove_backup(self._spare)
+                doomed = _new_name()
+                self._files.rename(name, doomed)
+                self._remove_backup(doomed)
         self._collected = True
 
     def _name_spare(self) -> str:
-        return f"{SPARE}-{os.urandom(4).hex()}" if self._is_shared else SPARE
+        return _new_name() if self._is_shared else SPARE
 
     def _names(self) -> set[str]:
         """Names of the directories that are valid backups."""
@@ -369,26 +350,14 @@ class CommitProtocol(Markers):
             self._files.make_directory(f"{self._spare}/{path}")
         for path, data in blueprint.files.items():
             self._files.write(f"{self._spare}/{path}", data)
-
-    def _spare_fits(self, blueprint: Blueprint) -> bool:
-        """Whether `spare` has these constant files, and none that no such backup has."""
-        if not self._files.is_directory(f"{self._spare}/{orbax.ARENA_PATH}/c"):
-            return False  # a power cut can lose it, being empty, and keep the files
-        for path, data in blueprint.files.items():
-            name = f"{self._spare}/{path}"
-            is_as_long = self._files.size_bytes(name) == len(data)
-            if not is_as_long or self._files.read(name, len(data)) != data:
-                return False
-        shards = {orbax.shard_path(number) for number in range(blueprint.plan.shard_count)}
-        expected = {*blueprint.files, *shards}
-        found = without_junk(self._files.walk(self._spare))
-        return {path for path in found if not self.is_changing(path)} <= expected
+        # Without it a power cut can lose directories whose files are durable. The entry of this one
+        # becomes durable when it gets its final name.
+        self._files.sync_tree(self._spare)
+        self._spare_of = blueprint.records
 
     def _remove_backup(self, name: str) -> None:
         """Removes a backup directory: the files that stepsave writes, nothing else."""
         self._written.pop(name, None)
-        if name == self._spare:
-            self._spare_of = frozenset()
         if not self._files.exists(name):
             return
         if left := remove_known(self._files, name):
@@ -398,3 +367,8 @@ class CommitProtocol(Markers):
                 len(left),
                 left[0],
             )
+
+
+def _new_name() -> str:
+    """Of a directory that is not valid, and that nobody has written into."""
+    return f"{SPARE}-{os.urandom(4).hex()}"

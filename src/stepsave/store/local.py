@@ -218,10 +218,6 @@ class LocalStore:
             made /= part
             made.mkdir(exist_ok=True)
 
-    def sync_file(self, path: str) -> None:
-        """Makes the contents of a file durable."""
-        sync_path(self.root / path)
-
     def sync_directory(self, path: str = "") -> None:
         """Makes the entries of a directory durable."""
         sync_path(self.root / path)
