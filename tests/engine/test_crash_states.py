@@ -29,7 +29,7 @@ def rng():
     return random.Random(seed)
 
 
-def check(name, writer, rng, record=record_here, most=MOST):
+def check(name, writer, rng, record=record_here, most=MOST, *, lying=False):
     # Of files that are somebody else's, recovery tells each time.
     logging.getLogger("stepsave").setLevel(logging.ERROR)
     sampling = Sampling(seed=rng.randrange(1 << 32), limit=16, samples=4)
@@ -38,7 +38,9 @@ def check(name, writer, rng, record=record_here, most=MOST):
         recorded.mkdir()
         recovered.mkdir()
         log = record(name, writer, recorded)
-        count, bad = recover_from_all(log, ALL[name], writer, sampling, recovered, most)
+        count, bad = recover_from_all(
+            log, ALL[name], writer, sampling, recovered, most, lying=lying
+        )
     logging.getLogger("stepsave").setLevel(logging.NOTSET)
     assert count > 10, "nothing was pending: was anything recorded?"
     if bad:
@@ -58,6 +60,10 @@ def test_so_it_is_after_a_sync_that_failed(rng):
 def test_so_it_is_where_a_process_was_killed_before_and_another_has_gone_on(rng):
     for name in rng.sample(sorted(KILLS), 6):
         check(name, "direct", rng, most=40)
+
+
+def test_what_a_disk_that_lies_has_lost_is_found_out(rng):
+    check("save into a spare", "direct", rng, lying=True)
 
 
 @pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())

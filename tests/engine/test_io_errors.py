@@ -25,7 +25,7 @@ from engine_support import (
 )
 from proof import injected
 from proof.faults import Held, Sufferer
-from proof.slowness import SlowDisk
+from proof.slowness import train_on_one_that_stands_still
 
 import stepsave
 from stepsave.engine import timeline
@@ -376,29 +376,8 @@ def test_a_disk_that_stands_still_for_ten_minutes_costs_no_memory_and_is_told_of
     passed_s = [0.0]
     real = time.perf_counter
     monkeypatch.setattr(timeline.time, "perf_counter", lambda: real() + passed_s[0])
-    with SlowDisk() as disk:
-        saver = stepsave.Checkpointer(tmp_path / "backup", writer=writer, when_busy="skip")
-        for step in range(1, 5):
-            saver.save(step, state_of(step)).wait()
-        held = Held.by(saver)
-        disk.stop()
-        handles = []
-        for step in range(5, 125):
-            passed_s[0] += 5
-            handles.append(saver.save(step, state_of(step)))
-        # Two in memory, and no more, however many were asked for.
-        assert [handle.skipped for handle in handles].count(False) == 2
-        assert saver.stats().arena_count == held.arenas
-        assert saver.stats().skipped == 118
-        assert saver.report().age_s >= 600
-        assert "newest backup" in str(saver.report())
-        disk.go_on()
-        saver.wait(60)
-        assert saver.restore().step == 6
-        assert_is_state_of(saver.restore())
-        for step in range(125, 129):
-            saver.save(step, state_of(step)).wait()
-        assert saver.report().age_s < 600 <= saver.report().worst_age_s
-        assert Held.by(saver) == held
-        saver.close()
-    assert restore_once(tmp_path / "backup").step == 128
+
+    def let_pass(some_s):
+        passed_s[0] += some_s
+
+    train_on_one_that_stands_still(tmp_path / "backup", writer, let_pass)

@@ -8,6 +8,7 @@ import itertools
 import random
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from proof import injected
 from proof.faults import ERRORS, Sufferer
 from proof.power_lives import set_small_shards
 from proof.record import Campaign, Row, parser
+from proof.slowness import train_on_one_that_stands_still
 from stepsave.errors import StepsaveError
 
 WRITERS = "auto", "tensorstore"
@@ -46,6 +48,8 @@ def main(arguments=None):
             sufferer = Sufferer(directory, writer=writer, double_checkpoint=double)
             bad = _suffer(sufferer, turn, lasts, QUICK if options.quick else 1)
             campaign.add(Row(f"{what}: writer {writer}, {kept}", sufferer.cases, bad))
+        for writer in () if options.quick else WRITERS:
+            campaign.add(_stand_still(Path(tempfile.mkdtemp(dir=folder), "backup"), writer))
         if reason := injected.reason_not_to():
             print(f"skipped: errors by strace: {reason}")  # noqa: T201
             return 0
@@ -55,6 +59,16 @@ def main(arguments=None):
             is_bad = not failed or not outcome.startswith("failed")
             campaign.add(Row(f"{calls} says {error} (strace), {writer}", 1, int(is_bad)))
     return 1 if campaign.bad else 0
+
+
+def _stand_still(directory, writer):
+    bad = 0
+    try:
+        train_on_one_that_stands_still(directory, writer, time.sleep)
+    except (AssertionError, StepsaveError):
+        traceback.print_exc()
+        bad = 1
+    return Row(f"a disk that stands still for ten minutes, writer {writer}", 1, bad)
 
 
 def _suffer(sufferer, turn, lasts, every):

@@ -144,6 +144,7 @@ OF_ALL = {
     "a byte order mark": lambda encoded: b"\xef\xbb\xbf" + encoded,
     "nested deeply": lambda _: b"[" * DEEP + b"]" * DEEP,
     "objects nested deeply": lambda _: b'{"format":' * DEEP + b"1" + b"}" * DEEP,
+    "a key twice": Text(b"{", b'{"x":1,"x":2,'),
     "a number of many digits": lambda _: b"1" * 5_000,  # as Python takes no more than 4,300
     "a pickle": lambda _: b"cos\nsystem\n(S'touch pwned'\ntR.",
 }

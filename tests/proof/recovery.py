@@ -1,6 +1,7 @@
 """Recovers from what a crash has left, as the next start of a training does."""
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from stepsave.engine.commit import COMMIT, PREVIOUS, SPARE
 from stepsave.engine.markers import Markers
 from stepsave.store.local import LocalStore
 from stepsave.testing.crashes import crash_states, distinct, materialise
+from stepsave.testing.posix_model import Sync
 
 FOREIGN = b"somebody else's"
 JUNK = ".DS_Store"
@@ -27,14 +29,21 @@ def recover(state, top, scenario, writer):
     Raises:
         AssertionError: If anything of it is not as promised.
     """
-    materialise(state, top)
     directory = Path(top, NAME)
-    foreign = _put_foreign(Path(top), directory, deep=state.key[0] % 8 == 0)
-    try:
+    with _materialised(state, top):
+        foreign = _put_foreign(Path(top), directory, deep=state.key[0] % 8 == 0)
         _recover(directory, state.acknowledged, scenario, writer, foreign)
         for path in foreign:
             found = [p for p in Path(top).rglob(path.name) if p.read_bytes() == FOREIGN]
             assert found, f"{path} is gone"
+
+
+@contextlib.contextmanager
+def _materialised(state, top):
+    """Has what a crash left in a directory, which is empty again afterwards."""
+    materialise(state, top)
+    try:
+        yield
     except Exception as e:
         e.add_note(state.describe())
         raise
@@ -132,7 +141,41 @@ def _files(directory):
     return {str(p.relative_to(directory)) for p in directory.rglob("*") if not p.is_dir()}
 
 
-def recover_from_all(log, scenario, writer, sampling, place, most=None):
+def find_out(state, top):
+    """Restores from what a disk has left that said it had synced, and had not.
+
+    What it lost is lost; but what is restored is a backup as it was saved, or an error names the
+    directory.
+
+    Raises:
+        AssertionError: If anything else is.
+    """
+    directory = Path(top, NAME)
+    with _materialised(state, top), _without_warnings():
+        for restore in (stepsave.restore, _restore_to_train):
+            try:
+                backup = restore(directory)
+            except stepsave.StepsaveError as e:
+                assert str(directory) in str(e)
+                continue
+            if backup is not None:
+                assert_is_of(backup)
+
+
+def _restore_to_train(directory):
+    with stepsave.Checkpointer(directory) as saver:
+        return saver.restore()
+
+
+def _lies(log):
+    """Yields a log as it is with a disk that does nothing on one of its syncs, for each."""
+    for number, one in enumerate(log.operations):
+        if isinstance(one, Sync):
+            rest = log.operations[:number] + log.operations[number + 1 :]
+            yield dataclasses.replace(log, operations=rest)
+
+
+def recover_from_all(log, scenario, writer, sampling, place, most=None, *, lying=False):
     """Recovers from each state that may be left, once.
 
     Args:
@@ -142,18 +185,23 @@ def recover_from_all(log, scenario, writer, sampling, place, most=None):
         sampling: Which states are looked at.
         place: An empty directory.
         most: How many of these are drawn; None for all.
+        lying: Whether the disk may do nothing on a sync; then `find_out`.
 
     Returns:
         How many states there were, and what went wrong, as exceptions.
     """
-    states = distinct(crash_states(log, sampling))
+    logs = _lies(log) if lying else [log]
+    states = distinct(state for log in logs for state in crash_states(log, sampling))
     if most is not None and len(states) > most:
         states = random.Random(sampling.seed).sample(states, most)
     bad = []
     with free_syncs():
         for state in states:
             try:
-                recover(state, place, scenario, writer)
+                if lying:
+                    find_out(state, place)
+                else:
+                    recover(state, place, scenario, writer)
             except Exception as e:  # noqa: BLE001  each is to be counted
                 bad.append(e)
     return len(states), bad

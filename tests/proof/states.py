@@ -47,6 +47,11 @@ def main(arguments=None):
                 continue
             for what, names in _groups(options, rng, writer):
                 campaign.add(_row(f"{what}, {writer} writer", names, writer, place, options, rng))
+        names = rng.sample(sorted(SCENARIOS), 2) if options.quick else list(SCENARIOS)
+        what = (
+            "a disk that does nothing on one sync, and the power fails: what is lost is found out"
+        )
+        campaign.add(_row(what, names, "direct", place, options, rng, lying=True))
         for row in _bucket_rows(options, rng):
             campaign.add(row)
     sys.exit(1 if campaign.bad else 0)
@@ -66,7 +71,7 @@ def _groups(options, rng, writer):
     yield "power cut after a process was killed before its n-th sync and another went on", kills
 
 
-def _row(what, names, writer, place, options, rng):
+def _row(what, names, writer, place, options, rng, *, lying=False):
     cases, failures = 0, []
     for name in names:
         sampling = Sampling(
@@ -81,7 +86,9 @@ def _row(what, names, writer, place, options, rng):
         try:
             log = record(name, writer, recorded)
             most = 20 if options.quick else None if len(names) == 1 else 400
-            count, bad = recover_from_all(log, ALL[name], writer, sampling, recovered, most)
+            count, bad = recover_from_all(
+                log, ALL[name], writer, sampling, recovered, most, lying=lying
+            )
         finally:
             _remove(recorded)
             _remove(recovered)

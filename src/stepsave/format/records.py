@@ -48,19 +48,35 @@ Types below eight bits take one byte per element, as ml_dtypes keeps them in mem
 
 
 def read_json(encoded: bytes) -> Any:
-    """Returns what a document says, which must be JSON as stepsave writes it: finite, in UTF-8.
+    """Returns what a document says, which must be JSON as stepsave writes it.
+
+    That is in UTF-8, of finite numbers, and no object has a key twice.
 
     Raises:
         ValueError: If it is not, or is nested too deeply to be read.
     """
     try:
-        return json.loads(encoded.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        return json.loads(
+            encoded.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_object,
+        )
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:40]!r} is there twice")
+    return made
 
 
 def _finite(text: str) -> float:
