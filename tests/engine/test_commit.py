@@ -271,6 +271,18 @@ def test_nothing_of_a_save_whose_sync_failed_is_used_again(tmp_path, monkeypatch
         assert not names, "files of the failed save are in a later one"
 
 
+def test_what_a_failed_save_has_written_goes_at_once(tmp_path):
+    store = FaultStore(tmp_path)
+    with stepsave.Checkpointer(store) as saver:
+        saver.save(1, state_of(1)).wait()
+        store.fail("rename")
+        with pytest.raises(stepsave.SaveFailedError):
+            saver.save(2, state_of(2)).wait()
+        saver.drain()
+        assert sorted(os.listdir(tmp_path)) == ["1", COMMIT, "LOCK"]
+        assert_is_state_of(saver.restore())
+
+
 def test_the_one_before_is_published_before_the_oldest_goes(tmp_path, log):
     with stepsave.Checkpointer(tmp_path, double_checkpoint=True) as saver:
         for step in (1, 2, 3):

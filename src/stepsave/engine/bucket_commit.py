@@ -32,7 +32,7 @@ from stepsave.engine.retention import Retention
 from stepsave.errors import BucketError, DirectoryBusyError
 from stepsave.format import orbax
 from stepsave.format.blueprint import Blueprint
-from stepsave.format.marker import RUN_NAME, encode_claim
+from stepsave.format.marker import MARKER_LIMIT_BYTES, RUN_NAME, encode_claim
 from stepsave.format.records import BackupRecord, Claim, FileRecord, LayoutPlan, Owner
 from stepsave.snapshot.contents import Contents
 from stepsave.store.bucket import NO_OBJECT, BucketStore
@@ -80,6 +80,7 @@ class BucketCommit(Markers):
 
     def read_marker(self, name: str) -> bytes | None:
         """Reads a marker, and remembers which generation of it that was."""
+        self._objects.check_at_most(name, MARKER_LIMIT_BYTES)
         encoded, self._generation = self._objects.read_versioned(name)
         return encoded
 

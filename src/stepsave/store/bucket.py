@@ -108,14 +108,30 @@ class BucketStore:
             CorruptBackupError: If it is too large.
             BucketError: If it cannot be read.
         """
+        self.check_at_most(path, limit_bytes)
         data, _ = self.read_versioned(path)
         if data is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.path(path))
-        if len(data) > limit_bytes:
-            raise CorruptBackupError(
-                f"{self.path(path)}: expected at most {limit_bytes} bytes, found {len(data)}."
-            )
         return data
+
+    def check_at_most(self, path: str, limit_bytes: int) -> None:
+        """Makes sure that an object, if it is there, can be read without much memory.
+
+        Raises:
+            CorruptBackupError: If it is larger.
+            BucketError: If it cannot be asked for.
+        """
+        beyond = self._kv.read(path, byte_range=slice(limit_bytes, limit_bytes + 1))
+        try:
+            found = self.wait(beyond, f"read {path}", 1)
+        except BucketError as e:
+            if "OUT_OF_RANGE" in str(e.__cause__):
+                return
+            raise
+        if found.state == "value":
+            raise CorruptBackupError(
+                f"{self.path(path)}: expected at most {limit_bytes} bytes, found more."
+            )
 
     def read_versioned(self, path: str) -> tuple[bytes | None, bytes]:
         """Reads an object, or None, and which generation of it that is."""

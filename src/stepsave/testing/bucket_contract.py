@@ -110,6 +110,14 @@ class BucketStoreContract(StoreContract):
         store.create()
         assert store.list("") == ["stepsave-probe-notes"]
 
+    def test_what_is_larger_than_the_limit_is_not_read(self, tmp_path: Path) -> None:
+        store = self.created(tmp_path)
+        store.write_all({"a": b"12345", "none": b""})
+        for path, limit_bytes in (("a", 5), ("none", 0), ("missing", 1)):
+            store.check_at_most(path, limit_bytes)
+        with raises(CorruptBackupError, str(store.path("a")), "at most 4 bytes, found more"):
+            store.check_at_most("a", 4)
+
     def test_an_object_may_be_larger_than_it_must(self, tmp_path: Path) -> None:
         store = self.created(tmp_path)
         store.write_all({"a": b"12345", "none": b""})

@@ -102,11 +102,11 @@ class StoreContract:
         with raises(CorruptBackupError, str(store.path("none")), "expected 5 bytes, found no such"):
             store.check_sizes({"none": 5})
 
-    def test_more_than_the_limit_is_refused_with_both_sizes(self, tmp_path: Path) -> None:
+    def test_more_than_the_limit_is_refused_with_the_limit(self, tmp_path: Path) -> None:
         store = self.created(tmp_path)
         store.write_all({"a": b"12345"})
         assert store.read("a", 5) == b"12345"
-        with raises(CorruptBackupError, str(store.path("a")), "at most 4 bytes, found 5"):
+        with raises(CorruptBackupError, str(store.path("a")), "at most 4 bytes, found"):
             store.read("a", 4)
 
     def test_pieces_are_read_from_where_they_are_and_told_of(self, tmp_path: Path) -> None:

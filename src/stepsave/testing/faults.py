@@ -39,6 +39,7 @@ CHANGES = (
 """The operations of stores that change something; a directory has some, a bucket others."""
 
 READS = (
+    "check_at_most",
     "check_directory",
     "check_sizes",
     "exists",
