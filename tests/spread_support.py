@@ -4,7 +4,8 @@ Each begins with `PRELUDE`, and gets a place and a mesh, such as `2x2`, after wh
 gives. What a state is at a step, all know without talking.
 """
 
-from engine_support import SMALL_SHARDS
+import numpy as np
+from engine_support import SMALL_SHARDS, assert_same_bits
 
 PRELUDE = (
     SMALL_SHARDS
@@ -60,6 +61,20 @@ def assert_is_state_of(state, step):
             assert np.asarray(shard.data).tobytes() == expected[shard.index].tobytes(), name
 """
 )
+
+
+def value_of(name, shape, step):
+    """An array of such a state, as a process knows it that has all of it."""
+    rng = np.random.default_rng([len(name), 0 if name == "columns" else step])
+    return rng.standard_normal(shape, np.float32)
+
+
+def assert_is_spread_state(backup):
+    """One process has read all of it, and it is what a save of all would have written."""
+    assert set(backup.state) > {"rows", "tiles", "host", "scalar"}
+    for name, array in backup.state.items():
+        if name not in ("host", "step"):
+            assert_same_bits(array, value_of(name, array.shape, backup.step))
 
 
 def devices(per_process):

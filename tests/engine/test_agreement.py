@@ -9,7 +9,7 @@ import tensorstore as ts
 from bucket_support import s3, s3_environment, s3_target
 from engine_support import assert_same_bits, flip_bit
 from peers_support import Processes
-from spread_support import PRELUDE, devices
+from spread_support import PRELUDE, assert_is_spread_state, devices, value_of
 
 import stepsave
 
@@ -65,11 +65,6 @@ _ELEMENTS = 64 * 300 + 1000 * 128 + 32 * 40 * 8 + 16 * 16 * 9 + 120 * 100 + 7 + 
 TOTAL_BYTES = 4 * _ELEMENTS + 4 * 8
 
 
-def value_of(name, shape, step):
-    rng = np.random.default_rng([len(name), 0 if name == "columns" else step])
-    return rng.standard_normal(shape, np.float32)
-
-
 def assert_stock_readers_read(place, step):
     directory = f"{place}/{step}"
     with ocp.PyTreeCheckpointer() as stock:
@@ -103,9 +98,7 @@ def test_each_process_writes_its_part_and_any_number_restores_what_it_needs(
         assert sum(one[3] for one in told) < 5 * TOTAL_BYTES, "what stays is not written"
     backup = stepsave.restore(place)  # by one process, as NumPy arrays
     assert backup.step == 6
-    for name, array in backup.state.items():
-        if name not in ("host", "step"):
-            assert_same_bits(array, value_of(name, array.shape, 6))
+    assert_is_spread_state(backup)
     assert_stock_readers_read(place, 6)
     most = 8 if count == 4 else 4
     for other, its_devices, its_mesh in [(2, 2, "1x4"), (1, 2, "2x1"), (most, 1, f"{most}x1")]:
@@ -233,66 +226,6 @@ def test_a_save_that_one_process_skips_is_skipped_by_all_and_nothing_piles_up(tm
     assert lines[0][-2].endswith("False")
     assert 1 <= lines[0][-2].count(",") < 25
     assert max(int(one[-1]) for one in lines) < 25, "keys in the service, of 30 saves"
-
-
-KILL = (
-    PRELUDE
-    + """
-pause_s = float(sys.argv[6])
-with stepsave.Checkpointer(place) as saver:
-    backup = saver.restore(like=state_of(0))
-    begin = 0 if backup is None else backup.step
-    if backup is not None:
-        assert_is_state_of(backup.state, backup.step)
-    print("from", begin, flush=True)
-    for step in range(begin + 1, begin + 60):
-        saver.save(step, state_of(step))
-        if step % 3 == 0:
-            saver.wait()
-            print("durable", step, flush=True)
-        time.sleep(pause_s)
-"""
-)
-
-
-@pytest.mark.xdist_group("buckets")
-def test_processes_killed_while_they_write_into_a_bucket_leave_what_was_durable(s3):
-    def environment(rank, count, port):
-        return devices(1)(rank, count, port) | s3_environment(s3.url)
-
-    acknowledged = 0
-    for victim in (1, 0, 1):
-        with Processes(KILL, s3.place, "1x2", 0.01, environment=environment) as processes:
-            begun = int(processes.children[victim].stdout.readline().split()[1])
-            assert begun >= acknowledged
-            acknowledged = (begun // 3 + 2) * 3
-            processes.wait_for(f"durable {acknowledged}", victim)
-            processes.children[victim].kill()
-        backup = stepsave.restore(s3.place)
-        assert backup.step >= acknowledged
-        for name, array in backup.state.items():
-            if name not in ("host", "step"):
-                assert_same_bits(array, value_of(name, array.shape, backup.step))
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_processes_killed_at_any_moment_leave_what_was_durable(tmp_path, victim):
-    place = tmp_path / "backup"
-    acknowledged = 0
-    for round_ in range(3):
-        with Processes(KILL, place, "1x2", 0.01, environment=devices(1)) as processes:
-            first = processes.children[1 - victim].stdout.readline()
-            begun = int(first.split()[1])
-            assert begun >= acknowledged
-            processes.wait_for(f"durable {(begun // 3 + 2 + round_) * 3}", victim)
-            processes.children[victim].kill()
-            acknowledged = (begun // 3 + 2 + round_) * 3
-        backup = stepsave.restore(place)
-        assert backup.step >= acknowledged
-        for name, array in backup.state.items():
-            if name not in ("host", "step"):
-                assert_same_bits(array, value_of(name, array.shape, backup.step))
-    assert sorted(path.name for path in place.iterdir() if path.name.startswith("spare"))[1:] == []
 
 
 FALL_BACK = (

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 from bucket_support import s3, s3_target
-from engine_support import assert_is_state_of, assert_same_bits, flip_bit
+from engine_support import assert_is_state_of, flip_bit
 from peers_support import Processes
-from spread_support import PRELUDE, devices
+from spread_support import PRELUDE, assert_is_spread_state, devices
 
 import stepsave
 from stepsave.format.orbax import shard_path
@@ -54,20 +53,10 @@ def run(place, disk, mesh, first, last, every=1, of=4, **options):
         return [json.loads(lines[-1]) for lines in some.results()]
 
 
-def value_of(name, shape, step):
-    rng = np.random.default_rng([len(name), 0 if name == "columns" else step])
-    return rng.standard_normal(shape, np.float32)
-
-
 def assert_bucket_has(place, step=None):
-    """One process reads all of it, and it is what a save of all would have written."""
     backup = stepsave.restore(place)
-    step = backup.step if step is None else step
-    assert backup.step == step
-    assert set(backup.state) > {"rows", "tiles", "host", "scalar"}
-    for name, array in backup.state.items():
-        if name not in ("host", "step"):
-            assert_same_bits(array, value_of(name, array.shape, step))
+    assert step in (None, backup.step)
+    assert_is_spread_state(backup)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ CAMPAIGNS = (
     "states",
     "deaths",
     "kills",
+    "joint_kills",
     "power",
     "errors",
     "spoiling",
