@@ -25,7 +25,7 @@ test: $(VENV)/.test
 	export KERAS_BACKEND=jax; \
 	$(call part,what the documents show,tests/cli tests/demo tests/docs tests/packaging -n 2 --dist loadfile -m "$(QUICK)")
 
-# Everything: the matrix of exact resume (whole on one backend, a third on each of the others),
+# Everything: the matrix of exact resume (whole on one backend, a part on each of the others),
 # the demo, benchmarks, and the oldest Keras that is admitted.
 test-all: test $(VENV)/.oldest-keras
 	@set -e; left="$(SLOW)"; for backend in $(BACKENDS); do \
@@ -37,15 +37,16 @@ test-all: test $(VENV)/.oldest-keras
 	$(call part,the demo and the benchmarks,tests/cli tests/demo tests/docs tests/packaging -n 2 \
 	  --dist loadfile -m "$(SLOW)"); \
 	export PYTHONPATH=$(CURDIR)/$(VENV)/oldest-keras; \
-	left="$(QUICK)"; for backend in $(BACKENDS); do \
+	left="$(QUICK)"; tests="$(OLDEST_TESTS)"; for backend in $(BACKENDS); do \
 	  export KERAS_BACKEND=$$backend; \
-	  $(call part,$(OLDEST_KERAS) on $$backend,$(OLDEST_TESTS) -n 2 --dist loadgroup -m "$$left"); \
-	  left="$(QUICK) and not once"; \
+	  $(call part,$(OLDEST_KERAS) on $$backend,$$tests -n 2 --dist loadgroup -m "$$left"); \
+	  left="$(QUICK) and not once"; tests="$(wordlist 1,2,$(OLDEST_TESTS))"; \
 	done
 
 QUICK := not slow
 SLOW := slow and not whole_matrix
-# Exact resume, and what a backup holds, depend on how Keras works inside.
+# Exact resume, and what a backup holds, depend on how Keras works inside; the first two on each
+# backend.
 OLDEST_TESTS := tests/fit/test_exact_resume.py tests/fit/test_keras_internals.py \
   tests/fit/test_preemption.py tests/fit/test_saveables.py tests/fit/test_sources.py
 

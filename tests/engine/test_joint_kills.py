@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.once, pytest.mark.xdist_group("buckets")]
 __all__ = ("s3", "s3_target")
 
 
-@pytest.mark.parametrize(("name", "kills"), [("directory", 3), ("bucket", 2), ("disks", 1)])
+@pytest.mark.parametrize(("name", "kills"), [("directory", 3), ("bucket", 2)])
 def test_processes_killed_at_any_moment_leave_what_was_durable(tmp_path, name, kills, request):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # noqa: T201  shown if the test fails

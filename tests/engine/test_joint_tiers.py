@@ -59,9 +59,7 @@ def assert_bucket_has(place, step=None):
     assert_is_spread_state(backup)
 
 
-@pytest.mark.parametrize(
-    ("count", "per_process", "mesh"), [(2, 1, "1x2"), (2, 2, "2x2"), (4, 1, "2x2")]
-)
+@pytest.mark.parametrize(("count", "per_process", "mesh"), [(2, 2, "2x2"), (4, 1, "2x2")])
 def test_each_saves_to_its_disk_and_all_to_one_bucket(s3, tmp_path, count, per_process, mesh):
     disk, options = tmp_path / "disk", {"count": count, "per_process": per_process}
     assert run(s3.place, disk, mesh, 1, 4, **options) == [[-1, 4, 4]] * count

@@ -35,6 +35,14 @@ X = np.random.default_rng(0).random((STEPS * BATCH, 3), np.float32)
 Y = np.random.default_rng(1).random((STEPS * BATCH, 1), np.float32)
 
 
+def is_left(number):
+    """Whether `make test-all` leaves a slow case of a matrix: none on torch, where it is quick.
+
+    On the others that takes most of the time of all tests: each has every other one.
+    """
+    return BACKEND != "torch" and number % 2 != BACKENDS.index(BACKEND)
+
+
 class InterruptionError(RuntimeError):
     """What the tests end a training with."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from exact_sources import BACKEND, NUMBERS, SOURCES
 from exact_support import EPOCHS, Interrupt, StopError, backup_for, train
-from keras_support import BACKENDS, child_environment
+from keras_support import BACKENDS, child_environment, is_left
 from rows import SAMPLES, STEPS
 
 import stepsave
@@ -103,10 +103,10 @@ HERE = BACKENDS.index(BACKEND)
 
 def marks_of(source, *, is_due=True):
     """Each kind of data is quick on one backend of three; what is of one kind runs together."""
-    is_slow = not is_due or NUMBERS[source] % len(BACKENDS) != HERE
-    # On torch the whole matrix is quick, on the others it takes most of the time of all tests.
-    is_left = not is_due and BACKEND != "torch"
-    marks = [pytest.mark.slow] * is_slow + [pytest.mark.whole_matrix] * is_left
+    kind, number = divmod(NUMBERS[source], len(BACKENDS))
+    is_slow = not is_due or number != HERE
+    is_whole = BACKEND != "torch" and (not is_due or (is_slow and is_left(kind)))
+    marks = [pytest.mark.slow] * is_slow + [pytest.mark.whole_matrix] * is_whole
     return [pytest.mark.xdist_group(source), *marks]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zoo_steps  # noqa: F401  adds its part to the zoo
 import zoo_training  # noqa: F401
-from keras_support import InterruptionError, leave
+from keras_support import BACKENDS, InterruptionError, is_left, leave
 from zoo import BACKEND, BATCH, SAMPLES, ZOO
 
 import stepsave
@@ -43,10 +43,12 @@ QUICK = {
 
 def kinds():
     assert set(ZOO) >= QUICK - {"optimizer: one for each part"}  # Keras 3.14 has no such optimizer
-    for name, kind in ZOO.items():
+    for number, (name, kind) in enumerate(ZOO.items()):
         if BACKEND not in kind.backends:
             continue
         marks = [] if name in QUICK else [pytest.mark.slow]
+        if marks and set(kind.backends) == set(BACKENDS) and is_left(number):
+            marks.append(pytest.mark.whole_matrix)
         yield pytest.param(kind, id=name, marks=marks)
 
 
