@@ -35,14 +35,9 @@ TRANSFER = struct.Struct("<QQIIQII")
 
 
 class Cached:
-    """What is on a disk, and which writes are still in its cache.
+    """What is on a disk, and which writes are still in its cache."""
 
-    Attributes:
-        lies: Whether it says that it flushed, and does not.
-    """
-
-    def __init__(self, image, *, lies=False):
-        self.lies = lies
+    def __init__(self, image):
         with image.open("rb") as file:
             self.size_bytes = os.fstat(file.fileno()).st_size
             # A copy of its own, of the pages that are written.
@@ -61,7 +56,7 @@ class Cached:
         self.memory[begin:end] = data
 
     def flush(self):
-        if self._surviving is None and not self.lies:
+        if self._surviving is None:
             self._unflushed.clear()
 
     def cut(self, keep, seed):
@@ -101,7 +96,7 @@ class VolatileDisk(Disk):
     }
     goes_on = False
 
-    def __init__(self, folder, kind, options="", *, lies=False):
+    def __init__(self, folder, kind, options=""):
         super().__init__(folder, kind, options)
         self._served = folder / "served"
         self._served.mkdir()
@@ -120,7 +115,7 @@ class VolatileDisk(Disk):
                 # unmount the file system at its end, and wait for itself to answer.
                 if libc.unshare(_NEW_MOUNTS):
                     raise OSError(ctypes.get_errno(), "cannot have mounts of its own")
-                _serve(fuse, theirs, Cached(self.image, lies=lies))
+                _serve(fuse, theirs, Cached(self.image))
                 status = 0
             finally:
                 os._exit(status)
