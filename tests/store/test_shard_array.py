@@ -34,14 +34,6 @@ def test_a_shard_is_the_file_with_these_very_bytes(made):
     assert store.list("spare/pytree/d/c") == [str(n) for n in range(plan.shard_count)]
 
 
-def test_a_shard_of_zeros_is_a_file_too_and_replaces_an_older_one(made):
-    store, plan = made
-    array = ShardArray(store, "spare", plan)
-    for value in (1, 0):
-        array.write(0, np.full(plan.shard_bytes, value, np.uint8))
-    assert store.read(f"spare/{orbax.shard_path(0)}", 1 << 20) == bytes(plan.shard_bytes)
-
-
 WRITE_ONE = (
     SMALL_SHARDS
     + """
@@ -73,11 +65,3 @@ def test_a_shard_is_synced_before_it_gets_its_name(made, tmp_path):
     named = next(i for i, name in enumerate(done) if name.startswith("rename"))
     assert any(name in ("fsync", "fdatasync") for name in done[:named]), lines
     assert any(name == "fsync" for name in done[named + 1 :]), lines
-
-
-def test_a_write_that_fails_is_raised(made):
-    store, plan = made
-    array = ShardArray(store, "spare", plan)
-    store.path(f"spare/{orbax.shard_path(0)}").mkdir(parents=True)
-    with pytest.raises((OSError, ValueError), match="pytree/d/c/0"):
-        array.write(0, np.zeros(plan.shard_bytes, np.uint8))
