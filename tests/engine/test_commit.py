@@ -243,8 +243,17 @@ def test_an_unreferenced_backup_is_renamed_before_anything_of_it_goes(tmp_path, 
     shutil.copytree(tmp_path / "1", tmp_path / "2")  # sealed, and not published
     log().clear()
     save_once(tmp_path, state_of(3), step=3)
-    (renamed,) = [entry for entry in log() if re.search(r" 2(/|\b)", entry)]
-    assert re.fullmatch("rename 2 spare-[0-9a-f]{8}", renamed)
+    assert [entry for entry in log() if re.search(r" 2(/|\b)", entry)] == ["rename 2 spare"]
+    assert_is_state_of(restore_once(tmp_path))
+
+
+def test_what_somebody_put_into_an_unreferenced_backup_goes_along(tmp_path):
+    save_once(tmp_path, state_of(1), step=1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    (tmp_path / "2" / "mine.txt").write_text("mine")
+    for step in (3, 4):  # nor has it the directory refused the next time
+        save_once(tmp_path, state_of(step), step=step)
+        assert [path.read_text() for path in tmp_path.glob("*/mine.txt")] == ["mine"]
     assert_is_state_of(restore_once(tmp_path))
 
 

@@ -331,14 +331,18 @@ class CommitProtocol(Markers):
                 self._remove_backup(name)
             elif name.isdigit() and name not in kept and not self.is_read(name):
                 _logger.debug("%s: removing unreferenced backup %s", self._files.root, name)
-                # Renamed first: a half-removed directory must not look like a backup.
-                doomed = _new_name()
-                self._files.rename(name, doomed)
-                self._remove_backup(doomed)
+                self._remove_backup(self._spare)
+                if self._files.exists(self._spare):  # with what is not ours in it
+                    self._remove_backup(name)
+                    continue
+                # Renamed first: a half-removed directory must not look like a backup. What is not
+                # ours in it goes along with the next save.
+                self._files.rename(name, self._spare)
+                self._remove_backup(self._spare)
         self._collected = True
 
     def _name_spare(self) -> str:
-        return _new_name() if self._is_shared else SPARE
+        return f"{SPARE}-{os.urandom(4).hex()}" if self._is_shared else SPARE
 
     def _names(self) -> set[str]:
         """Names of the directories that are valid backups."""
@@ -367,8 +371,3 @@ class CommitProtocol(Markers):
                 len(left),
                 left[0],
             )
-
-
-def _new_name() -> str:
-    """Of a directory that is not valid, and that nobody has written into."""
-    return f"{SPARE}-{os.urandom(4).hex()}"

@@ -133,8 +133,8 @@ def kind_of(store: LocalStore, name: str) -> Kind:
 
     Other tools name directories by digits and put Orbax's files in them; only `layout.json`
     tells a backup of ours. It is removed last, so one that was being removed when the
-    process died has it too, or no file at all. `spare` is nobody else's name, and may hold
-    any part of a backup.
+    process died has it too, or no file at all. `spare` is nobody else's name, and may also
+    hold any part of a backup.
     """
     if _JUNK.fullmatch(name):
         return Kind.JUNK
@@ -154,7 +154,10 @@ def kind_of(store: LocalStore, name: str) -> Kind:
         is_ours = not store.exists(name)
     elif is_spare(name):
         kind, found = Kind.SPARE, without_junk(store.list(name))
-        is_ours = all(_is_known(one) or one in _KNOWN_DIRECTORIES for one in found)
+        # What somebody put into a backup is in it when it is retired.
+        is_ours = orbax.LAYOUT_PATH in found or all(
+            _is_known(one) or one in _KNOWN_DIRECTORIES for one in found
+        )
     elif name.isdecimal():
         found = without_junk(store.list(name))
         # What is left of ours where there was junk in it: directories.
