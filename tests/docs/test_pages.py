@@ -31,12 +31,12 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
 SHELLS = {"bash", "console", "sh"}
 LANGUAGES = {"python", *SHELLS}
-# `test_operations` and `test_recipes` run these, where they are killed and told to end.
-STOPPED = ("operations/", "recipes/")
+# Those that have tests of their own, which run all of it, and stop or look at what runs.
+OWN_TESTS = ("operations/", "recipes/", "frequency.md", "report.md")
 RUN = {
     page
     for page, text in PAGES.items()
-    if not page.startswith(STOPPED)
+    if not page.startswith(OWN_TESTS)
     and any(kind in LANGUAGES and mark != "not run" for mark, _, kind, _ in marked_blocks(text))
 }
 # What is only shown: layouts of files, outputs, the input of other programs.
