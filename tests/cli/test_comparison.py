@@ -18,7 +18,7 @@ from cli_support import (
     spoil,
 )
 from engine_support import flip_bit, random_array, save_once
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepsave.cli import comparison, jobs
@@ -200,6 +200,7 @@ def test_the_layout_makes_no_difference(places):
     assert document["compared"] == 28
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_arrays_that_are_cut_otherwise_are_compared_element_by_element(data):
     import tempfile

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -340,8 +341,8 @@ app.run()
 
 
 def killed_copies(source, target):
-    """Copies, killed one operation later each time, until one comes to its end."""
-    for number in range(1, 200, 3):
+    """Copies, killed some operations later each time, until one comes to its end."""
+    for number in range(random.randrange(1, 6), 200, 5):
         ended = run_python(KILL, number, "cp", source, target)
         if ended.returncode == 0:
             assert number > 9, "hardly anything was counted: the test tests nothing"
