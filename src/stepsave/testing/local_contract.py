@@ -108,11 +108,12 @@ class LocalStoreContract(StoreContract):
         for path in ("a", "d/a"):
             store.write(path, b"old")
             before = os.stat(store.path(path)).st_ino
-            with _syncs() as synced:
+            with _syncs(Path(store.path(path)).read_bytes) as synced:
                 store.replace(path, b"new")
             assert store.read(path, 10) == b"new"
             assert os.stat(store.path(path)).st_ino != before, "not atomic: it is the same file"
-            assert synced == [f"{store.path(path)}.tmp", str(store.path(path).parent)]
+            named = (str(store.path(path).parent), b"new")
+            assert synced == [(f"{store.path(path)}.tmp", b"old"), named]
         assert store.list() == ["a", "d"]
         assert store.list("d") == ["a"]
 
@@ -144,9 +145,9 @@ class LocalStoreContract(StoreContract):
             if taken == "directory":
                 store.remove_empty_directory("b")
             store.remove("b")
-        with _syncs() as synced:
+        with _syncs(store.list) as synced:
             store.rename("a", "b")
-        assert synced == [str(store.root)]
+        assert synced == [(str(store.root), ["b"])]
         assert store.list() == ["b"]
         assert store.read("b/in", 10) == b"a"
         with raises(FileNotFoundError):
@@ -268,10 +269,10 @@ class LocalStoreContract(StoreContract):
     def test_a_direct_write_of_a_new_file_is_whole_and_synced(self, tmp_path: Path) -> None:
         store = self.created_for_direct_writes(tmp_path)
         data = random_bytes(3 * _BLOCK)
-        with _syncs() as synced:
+        with _syncs(Path(store.path("a")).read_bytes) as synced:
             written_bytes = store.write_direct("a", aligned(data))
         assert written_bytes == len(data)
-        assert synced == [str(store.path("a"))]
+        assert synced == [(str(store.path("a")), data)]
         assert store.read("a", len(data)) == data
 
     def test_a_direct_write_over_a_file_of_the_same_size_is_in_place(self, tmp_path: Path) -> None:
@@ -321,15 +322,16 @@ class LocalStoreContract(StoreContract):
 
 
 @contextlib.contextmanager
-def _syncs() -> Generator[list[str]]:
-    """Notes the paths of what is synced, in order."""
-    found: list[str] = []
+def _syncs(look: Callable[[], object] | None = None) -> Generator[list[Any]]:
+    """Notes the paths of what is synced, in order; with what `look` finds before each, if given."""
+    found: list[Any] = []
     with contextlib.ExitStack() as patches:
         for name in ("fsync", "fdatasync"):
             real = getattr(os, name)
 
             def sync(fd: int, real: Any = real) -> None:
-                found.append(os.readlink(f"/proc/self/fd/{fd}"))
+                path = os.readlink(f"/proc/self/fd/{fd}")
+                found.append(path if look is None else (path, look()))
                 real(fd)
 
             patches.enter_context(mock.patch.object(os, name, sync))
