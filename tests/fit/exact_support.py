@@ -96,6 +96,7 @@ class Counts(keras.callbacks.Callback):
         super().__init__()
         self.epochs = []
         self.noise = np.zeros(3)
+        self.names = np.array([], "U")
         self.logs = {}
         self.seen = (
             None  # not after training: EarlyStopping puts the best weights back, all of them
@@ -105,15 +106,16 @@ class Counts(keras.callbacks.Callback):
         # Draws between epochs, as callbacks do, from all that a training may draw from.
         self.epochs.append((epoch, float(np.random.random())))
         self.noise = self.noise + np.random.random(3)
+        self.names = np.append(self.names, f"epoch {epoch}")
         self.logs[epoch] = dict(logs)
         journal = self.model.get_layer("journal")
         self.seen = np.array(keras.ops.convert_to_numpy(journal.seen.value))
 
     def get_state(self):
-        return {"epochs": self.epochs, "noise": self.noise}
+        return {"epochs": self.epochs, "noise": self.noise, "names": self.names}
 
     def set_state(self, state):
-        self.epochs, self.noise = state["epochs"], state["noise"]
+        self.epochs, self.noise, self.names = state["epochs"], state["noise"], state["names"]
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -178,7 +180,7 @@ class Result:
         self.callbacks = (
             (early.wait, early.best, early.best_epoch, best),
             (plateau.wait, plateau.best, plateau.cooldown_counter),
-            (counts.epochs, counts.noise.tobytes()),
+            (counts.epochs, counts.noise.tobytes(), counts.names.tolist()),
         )
         self.drawn = (
             float(np.random.random()),

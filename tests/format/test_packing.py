@@ -43,6 +43,11 @@ ARRAYS = [
     np.array(3.5, np.float16),
     np.array([1.5, -2], ml_dtypes.bfloat16),
     np.arange(12).reshape(3, 4)[:, ::2],
+    np.array([1, 2], ">i4"),
+    np.array(["a", "long"]),
+    np.array([b"a", b"long"]),
+    np.array(["2026-11-30"], "datetime64[D]"),
+    np.array([1, 2], np.longdouble),
 ]
 
 
@@ -63,7 +68,10 @@ def test_numbers_that_are_not_finite_and_scalars_come_back():
     assert type(found[3]) is np.float32
 
 
-@pytest.mark.parametrize("wrong", [object(), {1, 2}, np.array([object()]), 1j, print])
+@pytest.mark.parametrize(
+    "wrong",
+    [object(), {1, 2}, np.array([object()]), 1j, print, np.zeros(2, [("a", "i4"), ("b", "f8")])],
+)
 def test_what_cannot_be_packed_is_refused_and_named(wrong):
     with pytest.raises(InvalidStateError, match=r"state of X\['a'\]\[1\].*found"):
         pack({"a": [0, wrong]}, where="state of X")
@@ -76,6 +84,7 @@ def test_what_cannot_be_packed_is_refused_and_named(wrong):
         {TAG: []},
         {TAG: ["array", "float32", [2], "AAAA"]},
         {TAG: ["array", "object", [1], "AAAAAAAAAAA="]},
+        {TAG: ["array", "int16,", [1], "AAA="]},
         {TAG: ["array beside", 3]},
         {TAG: ["bytes", "%"]},
         {TAG: ["tuple", 3]},

@@ -8,6 +8,7 @@ these become an object with the single key `TAG`. Reading it back executes nothi
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,14 @@ from typing import Any, cast
 import numpy as np
 
 from stepsave.errors import CorruptBackupError, InvalidStateError
+from stepsave.format.records import DTYPES
 
 __all__ = ("pack", "unpack")
 
 TAG = "__stepsave__"
+
+_SAVED = frozenset(DTYPES.values())
+"""Data types of arrays that a backup holds as such."""
 
 
 def pack(  # noqa: PLR0911  one for each type
@@ -30,8 +35,8 @@ def pack(  # noqa: PLR0911  one for each type
     Args:
         value: None, bool, int, float, str, bytes, NumPy or torch array, or list, tuple or
             dict of such.
-        arrays: Where arrays of more than zero dimensions are put, as they are; None to put
-            their bytes into the document.
+        arrays: Where arrays that a backup can hold as such are put, as they are; None to put
+            the bytes of all into the document.
         where: Name of the value for error texts.
 
     Raises:
@@ -71,13 +76,28 @@ def _pack_array(value: Any, arrays: list[Any] | None, where: str) -> Any:
             f"{where}: expected None, a number, a text, bytes, an array, or lists, tuples and "
             f"dicts of them, found {type(value).__name__}. Convert it in `get_state`."
         )
+    dtype = _name_of(value.dtype)
+    if dtype is None:
+        raise InvalidStateError(
+            f"{where}: expected an array of numbers, texts or bytes, found one of {value.dtype}. "
+            "Convert it in `get_state`, a record into an array for each field."
+        )
     if isinstance(value, np.generic):
         kind = "scalar"
-    elif arrays is not None:
+    elif arrays is not None and value.dtype in _SAVED:
         arrays.append(value)
         return {TAG: [f"{kind} beside", len(arrays) - 1]}
     data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-    return {TAG: [kind, value.dtype.name, list(value.shape), data]}
+    return {TAG: [kind, dtype, list(value.shape), data]}
+
+
+def _name_of(dtype: np.dtype[Any]) -> str | None:
+    """What NumPy makes this very data type of again; None if there is no such text."""
+    for text in (dtype.name, dtype.str):  # the name leaves out the order of bytes
+        with contextlib.suppress(TypeError):
+            if np.dtype(text) == dtype:
+                return text
+    return None
 
 
 def unpack(document: Any, arrays: Sequence[Any] = ()) -> Any:
@@ -134,8 +154,11 @@ def _unpack_tagged(  # noqa: PLR0911  one for each kind
         array = arrays[values[0]]
         return array if kind == "array beside" else _to_tensor(array)
     if kind in ("array", "scalar", "tensor"):
-        dtype, shape, data = values
-        flat = np.frombuffer(base64.b64decode(data, validate=True), np.dtype(dtype))
+        name, shape, data = values
+        dtype = np.dtype(name)
+        if name not in (dtype.name, dtype.str):
+            raise ValueError(f"there is no data type {name!r}")
+        flat = np.frombuffer(base64.b64decode(data, validate=True), dtype)
         array = flat.reshape(shape).copy()  # writable, unlike the bytes
         if kind == "scalar":
             return array[()]
