@@ -218,6 +218,26 @@ def test_a_device_without_room_is_told_of_and_the_host_used(tmp_path, numbers, m
         assert_is_of(saver.restore(), 2)
 
 
+def test_the_next_state_goes_to_the_device_s_copy_when_the_last_has_left_it(
+    tmp_path, numbers, monkeypatch
+):
+    real = Filling._fill
+
+    def fill_later(self, *arguments):
+        time.sleep(0.05)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Filling, "_fill", fill_later)
+    state = numbers.state(1)
+    with stepsave.Checkpointer(tmp_path, snapshot="device", keep=3) as saver:
+        for step in range(1, 5):
+            saver.save(step, state)
+            state = numbers.advance(state)
+        saver.wait()
+        for step in range(1, 5):
+            assert_is_of(saver.restore(step=step), step)
+
+
 def test_a_stage_that_blocks_holds_the_call_up_until_all_is_on_the_host(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     real = Filling._fill
