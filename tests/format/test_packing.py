@@ -61,6 +61,12 @@ def test_arrays_keep_dtype_shape_and_bits(array, beside):
     assert found.tobytes() == array.tobytes()
 
 
+def test_an_array_of_records_is_refused_with_what_to_do():
+    records = np.zeros(2, [("a", "i4"), ("b", "f8")])
+    with pytest.raises(InvalidStateError, match=r"expected an array of numbers, texts or bytes"):
+        pack(records)
+
+
 def test_numbers_that_are_not_finite_and_scalars_come_back():
     found = unpack(pack([math.nan, math.inf, -math.inf, np.float32(1.5)]))
     assert math.isnan(found[0])
