@@ -216,17 +216,25 @@ def test_of_a_spare_that_a_training_takes_meanwhile_what_is_there_counts(
     (backup / "spare" / "pytree").mkdir(parents=True)
     (backup / "spare" / "layout.json").write_text("{}")
     (backup / "spare" / "pytree" / "0").write_text("shard")
-    walk = os.walk
+    (backup / "spare" / "pytree" / "1").write_text("another")
+    walk, lstat = os.walk, os.lstat
 
     def walk_and_take(path):
         for directory, *names in walk(path):
             (backup / "spare" / "pytree" / "0").unlink(missing_ok=True)
             yield directory, *names
 
+    def look_and_take(path, **options):
+        found = lstat(path, **options)
+        if str(path).endswith("spare/pytree/1"):
+            os.unlink(path)  # who looks before he asks for the size finds it gone
+        return found
+
     monkeypatch.setattr(os, "walk", walk_and_take)
+    monkeypatch.setattr(os, "lstat", look_and_take)
     assert inspection.run(str(backup), as_json=True, with_statistics=False) == 0
     others = json.loads(capsys.readouterr().out)["others"]
-    assert [one["bytes"] for one in others if one["name"] == "spare"] == [2]
+    assert [one["bytes"] for one in others if one["name"] == "spare"] == [len("{}another")]
 
 
 TRAINING = """
